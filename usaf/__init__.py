@@ -1,0 +1,3 @@
+"""USAF, Ultra Sparse Adaptive Fine-Tuning: trains about 0.5% of an MoE model's own expert weights, and its router."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,188 @@
+"""Which weights to train: the exact mean gradient over many samples, never holding a dense gradient of a whole layer.
+
+Deferred weight gradients, layer-major. Forward: every trainable layer's input is kept for all samples. Backward, from
+the top layer down: all samples go through one layer, and for each token-expert pair only what its weight gradients need
+is kept (`experts.PairGradients`). Then one expert at a time gets its exact dense gradient over all samples,
+
+    dL/dW[e] = sum over its pairs of dY^T X,
+
+is scored by |gradient|, its best entries compete for the k places of the fused tensor, and it is freed. Memory grows
+with tokens, not with weights, and every expert's product sees the tokens of all samples.
+
+The same pairs, captured from the last ordinary training steps, rank the candidates of a reselection (`grow_candidates`).
+
+Source: |mean gradient| as the score, SPEFT (arXiv 2412.13488); layer-major order and one-expert-at-a-time: design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from usaf.data import Batch, Rows
+from usaf.experts import ExpertBank, PairGradients
+from usaf.loss import count_targets, loss_and_gradient
+from usaf.model import MoeLayer, SparseModel
+from usaf.prefix import BoundaryStates
+from usaf.selection import RunningTopK, overlap
+
+Progress = Callable[[int], None]
+"""Called after each unit of work (a chunk through a layer, or the scoring of a layer)."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """active: parameter name -> sorted flat indices. half_overlap: how much masks from disjoint halves agree, 0 to 1."""
+
+    active: dict[str, Tensor]
+    half_overlap: float
+    sequences: int
+
+
+def active_count(numel: int, fraction: float) -> int:
+    """Weights of a fused tensor that train: the given share of it, at least one."""
+    return max(1, int(numel * fraction))
+
+
+def find_important(
+    model: SparseModel, states: BoundaryStates, rows: Rows, samples: Sequence[int], fraction: float,
+    chunk_rows: int, head_chunk_tokens: int, progress: Progress,
+) -> Importance:  # fmt: skip
+    """The `fraction` of each fused expert tensor with the largest mean gradient over the sequences `samples`.
+
+    Ties go to the lower index. The two halves whose masks are compared are the even and the odd chunks.
+    """
+    chunk_rows = max(1, min(chunk_rows, (len(samples) + 1) // 2))
+    chunks = [list(samples[i : i + chunk_rows]) for i in range(0, len(samples), chunk_rows)]
+    batches = [rows.batch(chunk) for chunk in chunks]
+    inputs = _forward(model, batches, [states.hidden(chunk) for chunk in chunks], states.start, progress)
+    gradients = _head_gradients(model, batches, inputs.pop(), head_chunk_tokens)
+    active: dict[str, Tensor] = {}
+    overlaps: list[float] = []
+    by_layer = {moe.layer: moe for moe in model.moe_from(states.start)}
+    for layer in range(model.num_layers - 1, states.start - 1, -1):
+        moe = by_layer.get(layer)
+        captured = _layer_backward(model, batches, layer, moe, inputs.pop(), gradients, layer > states.start, progress)
+        if moe is not None:
+            for name, bank, pairs in zip(moe.names, moe.banks, captured, strict=True):
+                whole, halves = score_bank(bank, pairs, active_count(bank.numel, fraction))
+                active[name] = whole
+                if len(chunks) > 1:
+                    overlaps.append(overlap(*halves))
+    return Importance(active, sum(overlaps) / len(overlaps) if overlaps else float("nan"), len(samples))
+
+
+@torch.no_grad()
+def _forward(
+    model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], start: int, progress: Progress
+) -> list[list[Tensor | None]]:
+    """inputs[i][c]: what enters layer start + i in chunk c, on the host; one more entry, what enters the final norm."""
+    inputs: list[list[Tensor | None]] = [hidden]
+    for layer in range(start, model.num_layers):
+        last = layer == model.num_layers - 1
+        outputs: list[Tensor | None] = []
+        for batch, h in zip(batches, inputs[-1], strict=True):
+            h = None if h is None else h.to(model.backend.device)
+            outputs.append(_layer_output(model, batch, layer, h, last).cpu())
+            progress(1)
+        inputs.append(outputs)
+    return inputs
+
+
+def _layer_output(model: SparseModel, batch: Batch, layer: int, hidden: Tensor | None, last: bool) -> Tensor:
+    """One layer alone. The last layer is followed by the final norm inside the decoder, so its own output is captured."""
+    if not last:
+        return model.run_layers(batch, layer, layer + 1, hidden)
+    kept: list[Tensor] = []
+    hook = model.layers[layer].register_forward_hook(lambda _m, _a, out: kept.append(out if isinstance(out, Tensor) else out[0]))
+    try:
+        model.run_layers(batch, layer, layer + 1, hidden)
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+def _head_gradients(
+    model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], head_chunk_tokens: int
+) -> list[Tensor]:
+    """The gradient of the mean loss over all samples, at what enters the final norm: one [B, S, H] a chunk, on the host."""
+    scale = 1.0 / max(1, sum(count_targets(batch) for batch in batches))
+    gradients = []
+    for batch, h in zip(batches, hidden, strict=True):
+        assert h is not None
+        h = h.to(model.backend.device).requires_grad_()
+        normed = model.run_layers(batch, model.num_layers, model.num_layers, h)
+        _, gradient = loss_and_gradient(model, normed, batch, head_chunk_tokens, scale)
+        gradients.append(torch.autograd.grad(normed, h, gradient)[0].cpu())
+    return gradients
+
+
+def _layer_backward(
+    model: SparseModel, batches: list[Batch], layer: int, moe: MoeLayer | None, inputs: list[Tensor | None],
+    gradients: list[Tensor], needs_input_gradient: bool, progress: Progress,
+) -> tuple[list[PairGradients], list[PairGradients]]:  # fmt: skip
+    """All chunks through one layer's backward. `gradients` [c] goes in as the layer's output gradient and comes out as
+    its input gradient; returns what the two projections' weight gradients need, one entry a chunk."""
+    banks = moe.banks if moe is not None else ()
+    for bank in banks:
+        bank.captured = []
+        bank.delta.requires_grad_(True)  # still empty, but it makes autograd come by
+    last = layer == model.num_layers - 1
+    for c, batch in enumerate(batches):
+        h = inputs[c]
+        if h is not None:
+            h = h.to(model.backend.device).requires_grad_(needs_input_gradient)
+        out = _layer_output(model, batch, layer, h, last)
+        if out.requires_grad:
+            out.backward(gradients[c].to(out.device))
+        if needs_input_gradient:
+            assert h is not None and h.grad is not None
+            gradients[c] = h.grad.cpu()
+        inputs[c] = None
+        progress(1)
+    captured = tuple(bank.captured or [] for bank in banks)
+    for bank in banks:
+        bank.captured = None
+        bank.delta.grad = None
+    return captured if moe is not None else ([], [])  # type: ignore[return-value]
+
+
+def _expert_pairs(pairs: Sequence[PairGradients], e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """(dY [n, out], X [n, in]) of expert e over several backwards, or None where it got no token."""
+    used = [p.expert(e, dtype) for p in pairs if p.starts[e] < p.starts[e + 1]]
+    if not used:
+        return None
+    return torch.cat([dy for dy, _ in used]), torch.cat([x for _, x in used])
+
+
+def expert_gradient(bank: ExpertBank, pairs: Sequence[PairGradients], e: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The exact dense gradient [out, in] of expert e over all given backwards."""
+    found = _expert_pairs(pairs, e, dtype)
+    if found is None:
+        return torch.zeros(bank.out_features, bank.in_features, dtype=dtype, device=bank.device)
+    return found[0].t() @ found[1]
+
+
+def score_bank(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(the k best flat indices, the k best by the even chunks and by the odd chunks alone). One expert dense at a time."""
+    whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
+    for e in range(bank.num_experts):
+        first = e * bank.expert_size
+        gradient_even = expert_gradient(bank, pairs[0::2], e)
+        gradient_odd = expert_gradient(bank, pairs[1::2], e)
+        even.update(gradient_even.abs().reshape(-1), first)
+        odd.update(gradient_odd.abs().reshape(-1), first)
+        whole.update(gradient_even.add_(gradient_odd).abs_().reshape(-1), first)
+    return whole.indices(), (even.indices(), odd.indices())
+
+
+def grow_candidates(bank: ExpertBank, pairs: Sequence[PairGradients], kept: Tensor, count: int) -> Tensor:
+    """The `count` flat indices outside `kept` (sorted) with the largest gradient over the captured backwards."""
+    best = RunningTopK(count)
+    for e in range(bank.num_experts):
+        gradient = expert_gradient(bank, pairs, e)
+        best.update(gradient.abs_().reshape(-1), e * bank.expert_size, exclude=kept)
+    return best.indices()

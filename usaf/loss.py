@@ -1,0 +1,72 @@
+"""The language-model loss in chunks of tokens: logits of a 151,936-wide vocabulary are never held for a whole batch.
+
+The head is frozen, so each chunk's logits, loss and input gradient are formed at once and only the gradient is kept.
+Positions without a target (padding, prompts, the last of a document) never reach the head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from usaf.data import NO_TARGET, Batch, batch_loss_targets
+from usaf.model import SparseModel
+
+
+def count_targets(batch: Batch) -> int:
+    return int((batch_loss_targets(batch.labels) != NO_TARGET).sum())
+
+
+def _positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(flat positions that have a target, their targets), both int64 on the host."""
+    targets = batch_loss_targets(batch.labels).reshape(-1)
+    positions = (targets != NO_TARGET).nonzero().squeeze(1)
+    return positions, targets[positions]
+
+
+def _chunk_loss(model: SparseModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed negative log-likelihood in fp32 (float64 where the model computes in it), whatever type the logits have."""
+    logits = model.logits(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+@torch.no_grad()
+def loss_sum(model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int) -> tuple[float, int]:
+    """(summed negative log-likelihood, targets) of a batch. hidden: [B, S, H] after the final norm."""
+    device, flat = hidden.device, hidden.reshape(-1, hidden.shape[-1])
+    positions, targets = _positions(batch)
+    chunks = zip(positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    sums = [float(_chunk_loss(model, flat.index_select(0, p.to(device)), t.to(device))) for p, t in chunks]
+    return math.fsum(sums), len(targets)
+
+
+def loss_and_gradient(
+    model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int, scale: float
+) -> tuple[float, Tensor]:
+    """(summed negative log-likelihood, scale * its gradient at `hidden`).
+
+    Args:
+        hidden: [B, S, H] after the final norm, detached or not.
+        scale: 1 / number of targets gives the gradient of the mean. The gradient is scaled, never the loss, so that
+            a 16-bit loss cannot overflow.
+
+    Returns:
+        The sum as a float (the caller checks that it is finite), the gradient [B, S, H].
+    """
+    device, width = hidden.device, hidden.shape[-1]
+    flat = hidden.detach().reshape(-1, width)
+    gradient = torch.zeros_like(flat)
+    positions, targets = _positions(batch)
+    sums = []
+    for p, t in zip(positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        p = p.to(device)
+        chunk = flat.index_select(0, p).requires_grad_()
+        loss = _chunk_loss(model, chunk, t.to(device))
+        (chunk_gradient,) = torch.autograd.grad(loss, chunk)
+        sums.append(float(loss.detach()))
+        gradient.scatter_(0, p.unsqueeze(1).expand(-1, width), chunk_gradient * scale)
+    return math.fsum(sums), gradient.view_as(hidden)

@@ -1,0 +1,161 @@
+"""A run's folder: settings, metrics, resumable checkpoints, summary. Each file is whole or absent.
+
+    runs/<tag>/settings.json  metrics.jsonl  summary.json  delta.safetensors  checkpoints/step-000060/
+
+A checkpoint is written into a temporary folder, flushed, and renamed; the oldest go only after the new one is whole. A
+process killed at any moment therefore resumes from the newest complete one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from usaf.errors import UserError
+from usaf.files import FolderLock, TensorFileWriter, flush, flush_folder, write_json
+from usaf.settings import ResolvedSettings
+
+CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a checkpoint holds: tensors by name, and a JSON object (step, schedules, settings, fingerprints ...)."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
+class RunFolder:
+    """The folder of one run, locked for as long as the process lives."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.lock = FolderLock(folder)
+            self.checkpoints = folder / "checkpoints"
+            self.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"OUTPUT_DIR: {folder} cannot be made ({error.strerror}); choose a folder that can be written"
+                            ) from error  # fmt: skip
+        for leftover in self.checkpoints.glob(".partial-*"):
+            shutil.rmtree(leftover)
+        self.metrics_path = folder / "metrics.jsonl"
+
+    @property
+    def delta_path(self) -> Path:
+        return self.folder / "delta.safetensors"
+
+    def write_settings(self, settings: ResolvedSettings, about: dict[str, Any]) -> None:
+        write_json(self.folder / "settings.json", {"settings": settings.to_json(), **about})
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.folder / "summary.json", summary)
+
+    def log(self, event: str, **values: Any) -> None:
+        """One line of metrics.jsonl. Numbers that JSON cannot hold (nan, inf) are written as null."""
+        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in values.items()}
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}, ensure_ascii=False)
+        with open(self.metrics_path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line + "\n")
+
+    def metrics_bytes(self) -> int:
+        return self.metrics_path.stat().st_size if self.metrics_path.is_file() else 0
+
+    def truncate_metrics(self, size: int) -> None:
+        """Back to what a checkpoint saw: a resumed run writes the later lines again."""
+        if self.metrics_path.is_file() and self.metrics_path.stat().st_size > size:
+            with open(self.metrics_path, "r+b") as file:
+                file.truncate(size)
+
+    def save(self, step: int, state: SavedState, keep: int) -> Path:
+        """Write `checkpoints/step-<step>`, then remove all but the newest `keep`."""
+        final = self.checkpoints / f"step-{step:06d}"
+        partial = self.checkpoints / f".partial-{step:06d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            with open(partial / "state.safetensors", "wb") as file:
+                writer = TensorFileWriter(file, {n: (t.dtype, tuple(t.shape)) for n, t in state.tensors.items()}, {})
+                for name, tensor in state.tensors.items():
+                    writer.write(name, 0, tensor)
+                flush(file)
+            with open(partial / "state.json", "w", encoding="utf-8") as text:
+                json.dump(state.about, text)
+                flush(text)
+            flush_folder(partial)
+            if final.exists():
+                shutil.rmtree(final)  # the same step of the same run, saved again after a resume
+            os.replace(partial, final)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{final}: could not be saved ({error.strerror or error}); earlier checkpoints are whole: free "
+                            "some space and go on with RESUME=auto") from error  # fmt: skip
+        flush_folder(self.checkpoints)
+        for old in list_checkpoints(self.folder)[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def close(self) -> None:
+        self.lock.release()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, the oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step-*") if CHECKPOINT_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def load_checkpoint(path: Path) -> SavedState:
+    """Raises UserError where a file of it is damaged (by something other than this program: ours are whole or absent)."""
+    try:
+        about = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        with safe_open(path / "state.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); delete it, and RESUME takes the one before"
+                        ) from None  # fmt: skip
+    return SavedState(tensors, about)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """settings.json of a run."""
+    path = folder / "settings.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: no such file; {folder} is not the folder of a run") from None
+    except ValueError:
+        raise UserError(f"{path}: is not JSON; the file was changed after the run, restore it") from None
+
+
+def find_resumable(output_dir: Path, run_tag: str | None) -> Path | None:
+    """The folder that RESUME=auto goes on with: that of RUN_TAG, or the newest run without a summary. None: start anew."""
+    if run_tag is not None:
+        folder = output_dir / run_tag
+        return folder if (folder / "settings.json").is_file() else None
+    if not output_dir.is_dir():
+        return None
+    unfinished = [
+        p.parent for p in output_dir.glob("*/settings.json") if not (p.parent / "summary.json").is_file()
+    ]  # fmt: skip
+    return max(unfinished, key=lambda p: (p / "settings.json").stat().st_mtime, default=None)
+
+
+def random_states() -> dict[str, Tensor]:
+    """Everything random. Data order and selection draw from seeded generators of their own; this is torch's global one."""
+    return {"random.torch": torch.get_rng_state()}
+
+
+def restore_random_states(tensors: dict[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random.torch"])

@@ -1,0 +1,301 @@
+"""Everything a command needs before it works: device, checkpoint, data, 4-bit experts, model, boundary states.
+
+`prepare` checks all that can be checked cheaply (settings, headers, data) before anything is written; `load` then makes
+or maps the 4-bit file and builds the model. Training and evaluation both come this way, with the same decisions, so they
+compute the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from usaf import __version__
+from usaf.checkpoint import Checkpoint, one_line, resolve_model
+from usaf.console import LateBar, phase, say
+from usaf.data import DataOrder, Rows, TrainingData, build_training_data
+from usaf.delta import Delta
+from usaf.demo import DEMO_MODEL, build_demo_text
+from usaf.devices import Backend, choose_backend
+from usaf.errors import UserError
+from usaf.evaluation import Evaluation, evaluate
+from usaf.expert_store import open_or_make
+from usaf.experts import ExpertBank
+from usaf.files import fingerprint
+from usaf.memory import available_bytes
+from usaf.model import SparseModel, build_model
+from usaf.prefix import BoundaryStates, cache_dtype, chunked
+from usaf.quantization import dequantize
+from usaf.settings import ResolvedSettings
+
+PhaseDone = Callable[[str, float], None]
+RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
+RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
+
+
+@dataclass
+class Session:
+    """One prepared command. `decisions`: every choice that a measurement or the machine made, kept with the results."""
+
+    settings: ResolvedSettings
+    backend: Backend
+    checkpoint: Checkpoint
+    data: TrainingData
+    decisions: dict[str, Any]
+    order: DataOrder | None = None
+    model: SparseModel = field(init=False)
+
+    @property
+    def start(self) -> int:
+        assert self.settings.values.train_from is not None
+        return self.settings.values.train_from
+
+    def chunk_rows(self, rows: Rows) -> int:
+        """Sequences in one chunk of the prefix."""
+        longest = max(rows.length(r) for r in range(len(rows)))
+        return max(1, self.settings.values.prefix_chunk_tokens // longest)
+
+    def identity(self) -> dict[str, object]:
+        """What determines the boundary states beside the sequences: model, versions, arithmetic."""
+        return {
+            "model": self.model.base_fingerprint,
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "device": self.backend.name, "compute": str(self.backend.compute_dtype),
+            "threads": self.decisions["threads"], "cpu": self.decisions["cpu_capability"],
+            "attention": self.decisions["attention"],
+        }  # fmt: skip
+
+    def boundary(self, rows: Rows, chunks: list[list[int]]) -> BoundaryStates:
+        values = self.settings.values
+        folder = Path(values.prefix_cache_dir or Path(values.output_dir) / "cache") if values.use_frozen_cache else None
+        dtype = cache_dtype(values.cache_dtype, stored_dtype(self.checkpoint))
+        return BoundaryStates(
+            self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n
+        )  # fmt: skip
+
+    def evaluation_sets(self) -> dict[str, Rows]:
+        return {"in_domain": self.data.in_domain, **self.data.heldout}
+
+    def evaluation_states(self) -> dict[str, BoundaryStates]:
+        return {
+            name: self.boundary(rows, chunked(len(rows), self.chunk_rows(rows)))
+            for name, rows in self.evaluation_sets().items()
+        }
+
+    def data_fingerprint(self) -> str:
+        sets = {name: rows.fingerprint() for name, rows in self.evaluation_sets().items()}
+        return fingerprint({**sets, "train": self.data.train.fingerprint()})
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type of the checkpoint's dense weights (of its embeddings)."""
+    for target in checkpoint.sources:
+        if "embed" in target:
+            return checkpoint.read(target).dtype
+    return torch.bfloat16
+
+
+def versions() -> dict[str, str]:
+    return {
+        "usaf": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__, "python": platform.python_version(), "system": platform.platform(),
+    }  # fmt: skip
+
+
+def prepare(
+    settings: ResolvedSettings, decisions: dict[str, Any] | None = None, train: bool = True
+) -> Session:
+    """Check settings against checkpoint and data, and read the data. Nothing is written but the demo's texts.
+
+    decisions: those of an earlier process, which this one must share (resume, evaluation).
+    train: False reads one training sequence only.
+    """
+    values = settings.values
+    backend = choose_backend(values.use_cuda, values.use_amp)
+    threads = (decisions or {}).get("threads") or values.cpu_threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    attention = values.attention if values.attention != "auto" else backend.attention
+    checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
+    settings = resolve_train_from(settings, checkpoint)
+    data = read_data(settings, checkpoint, train)
+    if train:
+        settings = resolve_steps(settings, data.train)
+    chosen = {"threads": threads, "attention": attention, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+              "resident": None, **(decisions or {})}  # fmt: skip
+    session = Session(settings, backend, checkpoint, data, chosen)
+    if train:
+        rows = session.data.train
+        session.order = DataOrder(len(rows), session.chunk_rows(rows), values.microbatch, values.seed)
+    return session
+
+
+def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
+    layers = checkpoint.num_layers()
+    start = settings.values.train_from
+    if start is None:
+        start = layers - max(1, layers // 6)
+        settings = settings.replace("default", train_from=start)
+    if start >= layers:
+        raise UserError(f"TRAIN_FROM={start}: the model has {layers} layers, counted from 0; choose 0 to {layers - 1}")
+    moe_layers = {int(part) for name in checkpoint.expert_parameters() for part in name.split(".") if part.isdigit()}
+    if not any(layer >= start for layer in moe_layers):
+        raise UserError(f"TRAIN_FROM={start}: no MoE layer at or above it (they are {min(moe_layers)} to {max(moe_layers)}); "
+                        f"choose at most {max(moe_layers)}")  # fmt: skip
+    return settings
+
+
+def resolve_steps(settings: ResolvedSettings, rows: Rows) -> ResolvedSettings:
+    values = settings.values
+    if values.epochs == 0:
+        return settings
+    per_step = values.microbatch * values.accum
+    return settings.replace("data", steps=max(1, -(-len(rows) * values.epochs // per_step)))
+
+
+def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -> TrainingData:
+    values = settings.values
+    demo = build_demo_text() if values.dataset_path is None else None
+    if values.heldout_path is not None:
+        heldout: list[str] | None = [part.strip() for part in values.heldout_path.split(",")]
+    else:
+        heldout = [str(path) for path in demo.heldout] if demo is not None else None
+    own_domain = demo is not None and values.model is None
+    rows = max(values.steps * values.accum * values.microbatch, values.importance_samples)
+    data = build_training_data(
+        values.dataset_path or str(demo.train),  # type: ignore[union-attr]
+        heldout,
+        read_tokenizer(checkpoint.folder),
+        vocab_size=checkpoint.config.get_text_config().vocab_size,
+        seq_len=values.seq_len,
+        rows_needed=1 if not train else None if values.epochs else rows,
+        eval_rows=values.eval_samples,
+        in_domain_fraction=values.in_domain_fraction,
+        seed=values.seed,
+        extra_eval={"forgetting_python": demo.forgetting} if own_domain else None,  # type: ignore[union-attr]
+    )
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(data.train.length(r) for r in range(len(data.train)))
+    if limit is not None and longest > limit:
+        raise UserError(f"SEQ_LEN={values.seq_len}: sequences reach {longest} tokens, the model's context is {limit}; lower "
+                        "SEQ_LEN or shorten the samples")  # fmt: skip
+    return data
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """None where the folder has none: data of token ids needs none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}); restore the tokenizer's files, or "
+                        "give data of token ids") from None  # fmt: skip
+
+
+def load(session: Session, done: PhaseDone | None = None) -> None:
+    """The 4-bit experts (made where there are none), the model, and its trainable layers in their place."""
+    values = session.settings.values
+    began = time.perf_counter()
+    bar = LateBar("quantise", "expert", done)
+    store = open_or_make(session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar)
+    session.model = build_model(session.checkpoint, store, session.backend)
+    for layer in range(session.start, session.model.num_layers):
+        if session.backend.device.type != "cpu":
+            session.model.place(layer, session.backend.device)
+    session.decisions["quant_path"] = str(store.path)
+    choose_resident(session)
+    if done is not None:
+        done("load", time.perf_counter() - began)
+
+
+def choose_resident(session: Session) -> None:
+    """USE_RESIDENT: keep the trainable layers' base decoded in 16 bits where that is faster and fits."""
+    banks = [bank for moe in session.model.moe_from(session.start) for bank in moe.banks]
+    chosen = session.decisions["resident"]
+    setting = session.settings.values.use_resident
+    if chosen is None:
+        chosen, reason = decide_resident(banks, setting)
+        session.decisions["resident"], session.decisions["resident_reason"] = chosen, reason
+        say(f"resident experts: {'yes' if chosen else 'no'} ({reason})")
+    if chosen:
+        for bank in banks:
+            make_resident(bank)
+
+
+def decide_resident(banks: list[ExpertBank], setting: str) -> tuple[bool, str]:
+    """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at the free memory."""
+    if setting in ("0", "1"):
+        return setting == "1", f"USE_RESIDENT={setting}"
+    needed, free = sum(2 * bank.numel for bank in banks), available_bytes()
+    if needed > RESIDENT_SHARE * free:
+        return False, f"16-bit copies would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    bank = banks[0]
+    copy = dequantize(bank.base.expert(0), torch.float16)
+    decode = min(seconds(lambda: dequantize(bank.base.expert(0))) for _ in range(5))
+    widen = min(seconds(lambda: copy.to(torch.float32)) for _ in range(5))
+    return decode > RESIDENT_MARGIN * widen, (
+        f"decoding an expert takes {decode * 1e3:.2f} ms, widening a 16-bit copy {widen * 1e3:.2f} ms; "
+        f"the copies take {needed / 1e9:.2f} GB"
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def make_resident(bank: ExpertBank) -> None:
+    """One expert at a time, so that no wider copy of the bank exists."""
+    copies = torch.empty(bank.base.shape, dtype=torch.float16, device=bank.device)
+    for e in range(bank.num_experts):
+        copies[e] = dequantize(bank.base.expert(e), torch.float16)[0]
+    bank.resident = copies
+
+
+def apply_delta(session: Session, delta: Delta, path: Path) -> None:
+    """Put a trained result onto its base; refuses one of another base."""
+    if delta.base_fingerprint != session.model.base_fingerprint:
+        raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "
+                        f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained on")  # fmt: skip
+    banks = {name: bank for moe in session.model.moe for name, bank in zip(moe.names, moe.banks, strict=True)}
+    routers = {moe.router_name: moe.router_weight for moe in session.model.moe}
+    for name, (indices, values) in delta.experts.items():
+        banks[name].set_active(indices, values)
+        banks[name].delta.requires_grad_(False)
+    for name, weight in delta.routers.items():
+        routers[name].data.copy_(weight)
+
+
+def fill_all(states: list[BoundaryStates], done: PhaseDone | None = None) -> None:
+    """The frozen prefix over everything that the run will use and the cache lacks."""
+    pending = sum(s.pending_tokens() for s in states)
+    if pending == 0:
+        return
+    with phase("frozen prefix", pending, "tok", done) as bar:
+        for state in states:
+            for note in state.fill(bar.update):
+                say(note)
+
+
+def evaluate_all(session: Session, states: dict[str, BoundaryStates], done: PhaseDone | None = None) -> list[Evaluation]:
+    tokens = sum(s.rows.length(row) for s in states.values() for chunk in s.chunks for row in chunk)
+    results = []
+    with phase("evaluate", tokens, "tok", done) as bar:
+        for name, state in states.items():
+            results.append(evaluate(session.model, state, name, session.settings.values.head_chunk_tokens, bar.update))
+    return results
+
+
+def default_tag() -> str:
+    return time.strftime("%Y%m%d-%H%M%S") + f"-{os.getpid() % 1000:03d}"

@@ -1,0 +1,323 @@
+"""The training loop: step, reselection, cadence, and a state that resumes to the bit.
+
+One step: `accum` micro-batches enter the first trainable layer from the prefix cache, run through the trainable layers
+and the head, and back; the deltas and the router weights get their Adam update. Gradients are computed at the active
+indices alone. In the last `capture_steps` steps before a reselection the backwards also leave what their weight gradients
+need (`experts.PairGradients`), which ranks the candidates without a pass of its own.
+
+A step whose loss or gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usaf.data import DataOrder, Rows
+from usaf.delta import Delta
+from usaf.experts import ExpertBank, PairGradients
+from usaf.importance import grow_candidates
+from usaf.loss import count_targets, loss_and_gradient
+from usaf.model import SparseModel
+from usaf.optimizer import Adam, gradient_norm, learning_rate_at
+from usaf.prefix import BoundaryStates
+from usaf.run import SavedState, random_states, restore_random_states
+from usaf.selection import drop_fraction_at, reselect, smallest_k_positions
+from usaf.settings import Settings
+
+MAX_SKIPPED = 5
+
+
+class TrainingDiverged(Exception):
+    """Too many steps in a row had no finite loss or gradient."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step; loss is the mean negative log-likelihood per target, in nats."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    router_learning_rate: float
+    tokens: int
+    seconds: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class ReselectResult:
+    step: int
+    active: int
+    dropped: int
+    grown: int
+
+    @property
+    def turnover(self) -> float:
+        return self.dropped / self.active
+
+
+@dataclass
+class Captured:
+    """One micro-batch's pairs in one bank, and by how much its step's gradient was scaled (clipping)."""
+
+    step: int
+    scale: float
+    pairs: PairGradients
+
+
+class Trainer:
+    """Owns the deltas' and routers' training state. `step` counts finished optimizer steps."""
+
+    def __init__(
+        self, model: SparseModel, states: BoundaryStates, rows: Rows, order: DataOrder, settings: Settings, steps: int
+    ) -> None:
+        self.model, self.states, self.rows, self.order = model, states, rows, order
+        self.settings, self.steps = settings, steps
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.losses: dict[str, list[float]] = {"first": [], "last": []}
+        self.trained = model.moe_from(states.start)
+        self.banks: dict[str, ExpertBank] = {n: b for moe in self.trained for n, b in zip(moe.names, moe.banks, strict=True)}
+        self.routers = {moe.router_name: moe.router for moe in self.trained} if settings.router_lr > 0 else {}
+        for router in self.routers.values():
+            router.weight.requires_grad_(True)
+        self.adam: dict[str, Adam] = {name: Adam(router.weight) for name, router in self.routers.items()}
+        self.captured: dict[str, list[Captured]] = {name: [] for name in self.banks}
+
+    # -- the trained weights -------------------------------------------------------------------------------------------
+
+    def activate(self, active: dict[str, Tensor]) -> None:
+        """Start training the given flat indices of each fused tensor, from delta zero."""
+        for name, bank in self.banks.items():
+            bank.set_active(active[name], torch.zeros(len(active[name])))
+            self.adam[name] = Adam(bank.delta)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Read anew each time: a reselection replaces the deltas."""
+        deltas: dict[str, Tensor] = {name: bank.delta for name, bank in self.banks.items()}
+        return {**deltas, **{name: router.weight for name, router in self.routers.items()}}  # type: ignore[dict-item]
+
+    def active_parameters(self) -> int:
+        return sum(bank.delta.numel() for bank in self.banks.values())
+
+    def delta(self, about: dict[str, Any]) -> Delta:
+        experts = {n: (b.active.cpu(), b.delta.detach().cpu()) for n, b in self.banks.items()}
+        routers = {n: r.weight.detach().cpu() for n, r in self.routers.items()}
+        return Delta(experts, routers, self.model.base_fingerprint, about)  # type: ignore[arg-type]
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> StepResult:
+        """One optimizer step on the next micro-batches."""
+        began = time.perf_counter()
+        capturing = self.next_reselection() is not None and self._in_window()
+        micro_batches = [self.order.micro_batch(self.step * self.settings.accum + i) for i in range(self.settings.accum)]
+        batches = [self.rows.batch(rows) for rows in micro_batches]
+        scale = 1.0 / max(1, sum(count_targets(batch) for batch in batches))
+        parameters = self.parameters()
+        for parameter in parameters.values():
+            parameter.grad = None
+        loss = math.fsum(
+            self._micro_step(batch, rows, scale, capturing) for batch, rows in zip(batches, micro_batches, strict=True)
+        )
+        gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in parameters.items()}
+        norm = float(gradient_norm(gradients.values()))
+        loss *= scale
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        rate = self._learning_rate(self.settings.lr_peak)
+        router_rate = self._learning_rate(self.settings.router_lr) if self.routers else 0.0
+        if skipped:
+            self._skip(capturing)
+        else:
+            self._update(parameters, gradients, norm, rate, router_rate, capturing)
+        self.step += 1
+        self._remember_loss(loss, skipped)
+        tokens = sum(sum(batch.lengths) for batch in batches)
+        return StepResult(self.step, loss, norm, rate, router_rate, tokens, time.perf_counter() - began, skipped)
+
+    def _micro_step(self, batch: Any, rows: list[int], scale: float, capturing: bool) -> float:
+        """Forward and backward of one micro-batch; returns its summed loss."""
+        for bank in self.banks.values():
+            bank.captured = [] if capturing else None
+        hidden = self.model.run_layers(batch, self.states.start, self.model.num_layers, self.states.hidden(rows))
+        loss, gradient = loss_and_gradient(self.model, hidden, batch, self.settings.head_chunk_tokens, scale)
+        if math.isfinite(loss):
+            hidden.backward(gradient)
+        for name, bank in self.banks.items():
+            self.captured[name] += [Captured(self.step, 1.0, pairs) for pairs in bank.captured or []]
+            bank.captured = None
+        return loss
+
+    def _update(
+        self, parameters: dict[str, Tensor], gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float,
+        capturing: bool,
+    ) -> None:  # fmt: skip
+        """Clip all gradients together, then Adam."""
+        clip = min(1.0, self.settings.grad_clip / (norm + 1e-6))
+        for name, parameter in parameters.items():
+            gradient = gradients[name] * clip if clip < 1.0 else gradients[name]
+            if name in self.routers:
+                self.adam[name].step(parameter, gradient, router_rate)
+            else:
+                self.adam[name].step(parameter, gradient, rate, self.settings.weight_decay)
+        if capturing:
+            for entries in self.captured.values():
+                for entry in entries:
+                    entry.scale = clip if entry.step == self.step else entry.scale
+        self.skipped_in_a_row = 0
+
+    def _skip(self, capturing: bool) -> None:
+        """Leave the weights alone; what the step captured is not finite either."""
+        if capturing:
+            for name, entries in self.captured.items():
+                self.captured[name] = [entry for entry in entries if entry.step != self.step]
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise TrainingDiverged(
+                f"LR_PEAK={self.settings.lr_peak:g}: the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row "
+                f"(the last is step {self.step + 1}); lower LR_PEAK or ROUTER_LR, and go on from the last checkpoint or anew"
+            )
+
+    def _learning_rate(self, peak: float) -> float:
+        return learning_rate_at(self.step, self.steps, peak, self.settings.warmup, self.settings.lr_floor)
+
+    def _remember_loss(self, loss: float, skipped: bool) -> None:
+        """The losses of the first and the last tenth of the steps, whose means the summary shows."""
+        tenth = max(1, self.steps // 10)
+        if not skipped and self.step <= tenth:
+            self.losses["first"].append(loss)
+        if not skipped and self.step > self.steps - tenth:
+            self.losses["last"].append(loss)
+
+    # -- reselection ---------------------------------------------------------------------------------------------------
+
+    def next_reselection(self) -> int | None:
+        """The step after which the next reselection comes, at or after the one now running; None: no more."""
+        every = self.settings.reselect_every
+        if every == 0 or self.settings.drop_fraction == 0:
+            return None
+        due = (self.step // every + 1) * every
+        return due if due < self._last_reselection() + 1 and due < self.steps else None
+
+    def _last_reselection(self) -> int:
+        return int(self.settings.reselect_until * self.steps)
+
+    def _window_steps(self) -> int:
+        return min(self.settings.capture_steps, self.settings.reselect_every)
+
+    def _in_window(self) -> bool:
+        """Whether the step now running is one of the last before a reselection."""
+        due = self.next_reselection()
+        return due is not None and due - self.step <= self._window_steps()
+
+    def in_capture_window(self) -> bool:
+        """Whether captured gradients wait for their reselection: no ordinary checkpoint falls here."""
+        return any(self.captured.values())
+
+    def reselect_if_due(self) -> ReselectResult | None:
+        """Right after the step that closes a capture window: drop, grow, and forget the captured pairs."""
+        every = self.settings.reselect_every
+        if every == 0 or self.step % every or not self.in_capture_window():
+            return None
+        fraction = drop_fraction_at(self.step, self._last_reselection() + 1, self.settings.drop_fraction)
+        dropped = sum(self._reselect_bank(name, bank, fraction) for name, bank in self.banks.items())
+        self.captured = {name: [] for name in self.banks}
+        return ReselectResult(self.step, self.active_parameters(), dropped, dropped)
+
+    @torch.no_grad()
+    def _reselect_bank(self, name: str, bank: ExpertBank, fraction: float) -> int:
+        """Drop and grow in one fused tensor; returns how many weights were exchanged."""
+        captured = self.captured[name]
+        delta, active = bank.delta.detach(), bank.active
+        count = min(int(fraction * len(active)), bank.numel - len(active))
+        if count == 0:
+            return 0
+        stays = torch.ones(len(active), dtype=torch.bool, device=active.device)
+        stays[smallest_k_positions(delta, count)] = False
+        scaled = [scale_pairs(entry.pairs, entry.scale) for entry in captured]
+        grown = grow_candidates(bank, scaled, active[stays].cpu(), count).to(active.device)
+        change = reselect(active, delta, count, grown)
+        kept = change.from_old >= 0
+        values = torch.where(kept, delta.index_select(0, change.from_old.clamp(min=0)), torch.zeros_like(delta))
+        bank.set_active(change.active, values)
+        mean, mean_square, seen = self._grown_moments(bank, captured, kept)
+        self.adam[name].regrow(change.from_old, mean, mean_square, seen)
+        return count
+
+    def _grown_moments(self, bank: ExpertBank, captured: list[Captured], kept: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mean gradient and mean squared gradient over the captured steps, at the grown weights; and how many steps."""
+        by_step: dict[int, Tensor] = {}
+        for entry in captured:
+            gradient = bank.delta_gradient(entry.pairs, entry.pairs.inputs.dtype)[~kept] * entry.scale
+            by_step[entry.step] = by_step[entry.step] + gradient if entry.step in by_step else gradient
+        stacked = torch.stack(list(by_step.values()))
+        return stacked.mean(0), (stacked * stacked).mean(0), len(by_step)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state(self) -> SavedState:
+        """Everything a resume needs, beside the settings and the data they name."""
+        tensors: dict[str, Tensor] = random_states()
+        about: dict[str, Any] = {
+            "step": self.step, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "losses": self.losses,
+            "adam": {}, "captured": {},
+        }  # fmt: skip
+        for name, bank in self.banks.items():
+            tensors[f"active/{name}"], tensors[f"delta/{name}"] = bank.active, bank.delta.detach()
+        for name, router in self.routers.items():
+            tensors[f"router/{name}"] = router.weight.detach()  # type: ignore[union-attr]
+        for name, adam in self.adam.items():
+            state = adam.state_dict()
+            tensors.update({f"adam/{name}/{k}": v for k, v in state.items() if isinstance(v, Tensor)})
+            about["adam"][name] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+        for name, entries in self.captured.items():
+            about["captured"][name] = [{"step": entry.step, "scale": entry.scale} for entry in entries]
+            for i, entry in enumerate(entries):
+                tensors.update({f"captured/{name}/{i}/{k}": v for k, v in entry.pairs.tensors().items()})
+        return SavedState(tensors, about)
+
+    def restore(self, saved: SavedState) -> None:
+        """The state that `state` gave, so that the next step computes the same bits as if nothing had happened."""
+        tensors, about = saved.tensors, saved.about
+        self.step, self.skipped = about["step"], about["skipped"]
+        self.skipped_in_a_row, self.losses = about["skipped_in_a_row"], about["losses"]
+        device = self.model.backend.device
+        for name, bank in self.banks.items():
+            bank.set_active(tensors[f"active/{name}"], tensors[f"delta/{name}"])
+            self.adam[name] = Adam(bank.delta)
+        for name, router in self.routers.items():
+            router.weight.data.copy_(tensors[f"router/{name}"])  # type: ignore[union-attr,operator]
+        for name, adam in self.adam.items():
+            moments = {k: tensors[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "generation")}
+            adam.load_state_dict({**about["adam"][name], **moments})
+        for name, entries in about["captured"].items():
+            self.captured[name] = []
+            for i, entry in enumerate(entries):
+                prefix = f"captured/{name}/{i}/"
+                named = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
+                self.captured[name].append(Captured(entry["step"], entry["scale"], PairGradients.from_tensors(named)))
+        restore_random_states(tensors)
+
+    def run(self, after_step: Callable[[StepResult, ReselectResult | None], bool]) -> None:
+        """Steps to the end, or until `after_step` (log, evaluate, save) says to stop."""
+        while self.step < self.steps:
+            result = self.train_step()
+            if not after_step(result, self.reselect_if_due()):
+                return
+
+
+def scale_pairs(pairs: PairGradients, scale: float) -> PairGradients:
+    """The pairs of a gradient that was scaled as a whole."""
+    if scale == 1.0:
+        return pairs
+    return PairGradients(
+        pairs.inputs, pairs.input_token, pairs.grad_outputs * scale, pairs.output_token, pairs.output_scale, pairs.starts
+    )
