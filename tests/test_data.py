@@ -112,6 +112,9 @@ def test_only_as_many_documents_are_read_as_the_rows_need() -> None:
     assert len(pack(endless, 8, 5, split_long=True)) == 5
     assert len(pack(endless, 8, 5, split_long=False)) == 5
     assert len(pack(endless, None, 5, split_long=False, one_document_per_row=True)) == 5
+    exactly = iter([document(1, 2)] * 6)
+    assert len(pack(exactly, None, 5, split_long=False, one_document_per_row=True)) == 5
+    assert len(list(exactly)) == 1
 
 
 # Rows and batches
@@ -428,6 +431,7 @@ def test_epochs_differ_in_chunks_and_within_them() -> None:
     inside = [[row for row in epoch if order.chunk_of(row) == 0] for epoch in (first, second)]
     assert inside[0] != inside[1]
     assert DataOrder(64, 8, 64, seed=1).micro_batch(0) != first
+    assert DataOrder(64, 8, 64, seed=1).chunks != order.chunks
 
 
 def test_order_is_a_pure_function_of_the_index() -> None:

@@ -15,16 +15,19 @@ PACKAGE = REPOSITORY / "usaf"
 # Lowest first; a folder such as devices/ counts as one module. A new module fails here until it has its row.
 ROWS = [
     {"__init__", "errors"},  # imported by anything
-    {"settings", "quantization", "selection", "optimizer", "schedules", "files"},  # level 0
+    {"settings", "quantization", "selection", "optimizer", "files", "memory", "console"},  # level 0
     {"devices", "kernels"},  # level 1
     {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model"},  # level 3
     {"loss", "prefix"},  # level 4, in two rows: both serve importance and evaluation
-    {"importance", "evaluate", "run"},
+    {"importance", "evaluation", "run"},
     {"trainer"},  # level 5
-    {"train", "quantize"},  # level 7, the commands
+    {"session"},  # level 6: what every command needs before it works
+    {"job"},  # one run, phase by phase
+    {"evaluate"},  # level 7, the commands
+    {"train", "quantize"},
 ]
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = ["errors", "settings", "demo"]  # what `--help` imports

@@ -49,6 +49,7 @@ def adamw() -> None:
     torch.optim.AdamW([parameter], foreach=False).step()
 
 
+QUERY = seeded(1, 2, 4, 8)
 INDEX = torch.tensor([0, 2, 2])
 CODES = torch.tensor([[1, 200], [3, 255]], dtype=torch.uint8)
 
@@ -73,10 +74,7 @@ CODES = torch.tensor([[1, 200], [3, 255]], dtype=torch.uint8)
         (lambda: seeded(4, 6).index_put_((INDEX, INDEX), seeded(3)), "aten::index_put_"),
         (lambda: seeded(4, 6).index_put((INDEX, INDEX), seeded(3)), "aten::index_put"),
         (backward(lambda x: x[INDEX, INDEX]), "aten::index_put"),
-        (
-            lambda: F.scaled_dot_product_attention(seeded(2, 4, 8), seeded(2, 4, 8), seeded(2, 4, 8)),
-            "aten::_scaled_dot_product",
-        ),
+        (lambda: F.scaled_dot_product_attention(QUERY, QUERY, QUERY), "aten::_scaled_dot_product"),
         (lambda: torch._foreach_lerp_([seeded(4)], [seeded(4)], 0.5), "aten::_foreach_lerp_"),
     ],
 )

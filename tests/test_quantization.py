@@ -149,6 +149,22 @@ def test_hqq_beats_plain_rounding(name: str, seed: int, record_property: Callabl
     assert power < 0.98 * plain_power
 
 
+def test_one_iteration_is_the_splitting_of_the_paper() -> None:
+    weights = heavy_tailed("student4", 13, (40, 64))
+    scale = ((weights.amax(1, keepdim=True) - weights.amin(1, keepdim=True)) / 15).half().float()
+    offset = (weights.amin(1, keepdim=True) + 0.3 * scale).half().float()
+    shift, total = quantization._measure(weights, scale, 1 / scale, offset, 15, beta=10.0, norm=NORM)
+    w, s, o = weights.double().numpy(), scale.double().numpy(), offset.double().numpy()
+    codes = np.clip(np.rint((w - o) / s), 0, 15)
+    error = (w - (codes * s + o).astype(np.float16)) / s
+    kept = np.sign(error) * np.maximum(np.abs(error) - np.abs(error) ** (NORM - 1) / 10, 0)
+    # the paper's mean(w - s e* - c s) is the new offset, up to the decoded weight's own rounding to fp16
+    new_offset = (w - s * kept - codes * s).mean(1, keepdims=True)
+    assert np.allclose(shift.numpy() + o, new_offset, rtol=0, atol=1e-3 * s.max())
+    assert np.abs(shift.numpy() / s).max() > 0.01, "the case must move an offset"
+    assert np.allclose(total.numpy(), (np.abs(error) ** NORM).sum(1, keepdims=True), rtol=1e-3)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["student3", "outliers"])
 def test_no_group_is_worse_than_plain_rounding(name: str, bits: int) -> None:

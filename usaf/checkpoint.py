@@ -69,7 +69,9 @@ class Checkpoint:
             except FileNotFoundError:
                 raise UserError(f"{path}: this shard of the checkpoint is missing; download it again") from None
             except SafetensorError as error:
-                raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from None
+                raise UserError(
+                    f"{path}: not a whole safetensors file ({one_line(error)}); download it again"
+                ) from None
         return self._files[shard]
 
     def _check_shards(self) -> None:
@@ -231,7 +233,9 @@ def read_index(folder: Path) -> dict[str, str]:
         except SafetensorError as error:
             raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from None
     hint = "; convert its .bin files with save_pretrained first" if list(folder.glob("*.bin")) else ""
-    raise UserError(f"MODEL={folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}; give a checkpoint in safetensors{hint}")
+    raise UserError(
+        f"MODEL={folder}: has neither {SINGLE_NAME} nor {INDEX_NAME}; give a checkpoint in safetensors{hint}"
+    )
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:

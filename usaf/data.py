@@ -140,8 +140,6 @@ def pack(
     while not builder.has(rows_needed) and (document := next(documents, None)) is not None:
         ids, labels = document
         assert len(ids) == len(labels)
-        if one_document_per_row:
-            builder.close_row()
         if seq_len is not None and not split_long and len(ids) > seq_len:
             ids, labels = ids[:seq_len], labels[:seq_len]
             builder.truncated += 1
@@ -155,6 +153,8 @@ def pack(
             end = min(len(ids), begin + int(min(builder.room, len(ids))))
             builder.add(ids[begin:end], labels[begin:end])
             begin = end
+        if one_document_per_row:
+            builder.close_row()
     if not builder.has(rows_needed):
         builder.close_row()
     return builder.rows()

@@ -58,7 +58,9 @@ def load_delta(path: Path) -> Delta:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise UserError(f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run")
+                raise UserError(
+                    f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run"
+                )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())}); run again") from None

@@ -9,3 +9,7 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         assert "\n" not in message, "an error for people is one line"
         super().__init__(message)
+
+
+class RunError(Exception):
+    """One line for something that went wrong while a run was going well: exit status 1, finished work kept."""

@@ -142,7 +142,9 @@ def read_store(path: Path) -> ExpertStore:
                                 "that `python -m usaf.quantize` made")  # fmt: skip
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); delete it, and it is made anew") from None
+        raise UserError(
+            f"{path}: not a whole safetensors file ({one_line(error)}); delete it, and it is made anew"
+        ) from None
     group_size, bits = int(metadata["group_size"]), int(metadata["bits"])
     entries = {}
     for target in sorted({name.rpartition(".")[0] for name in tensors}):
@@ -168,7 +170,9 @@ def check_store(store: ExpertStore, checkpoint: Checkpoint, group_size: int, bit
     for target, shape in shapes_of(checkpoint).items():
         entry = store.entries.get(target)
         if entry is None:
-            raise UserError(f"{store.path}: has no experts for {target}; it is of another model, delete it or set QUANT_PATH")
+            raise UserError(
+                f"{store.path}: has no experts for {target}; it is of another model, delete it or set QUANT_PATH"
+            )
         if entry.shape != shape:
             raise UserError(f"{store.path}: {target} has shape {entry.shape}, the model wants {shape}; it is of another "
                             "model, delete it or set QUANT_PATH")  # fmt: skip

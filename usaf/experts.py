@@ -178,9 +178,7 @@ class ExpertBank(nn.Module):
     def sampled(self, e: int, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """The gradient of expert e's deltas from its tokens: [n_e]."""
         first, end = self.expert_starts[e], self.expert_starts[e + 1]
-        return sampled_gradient(
-            grad_output, inputs, self.rows[first:end], self.columns[first:end], self.row_starts[e]
-        )
+        return sampled_gradient(grad_output, inputs, self.rows[first:end], self.columns[first:end], self.row_starts[e])
 
     def delta_gradient(self, pairs: PairGradients, dtype: torch.dtype) -> Tensor:
         """The gradient of all deltas from one backward's pairs: fp32 [n]; experts without tokens get zeros."""

@@ -82,7 +82,9 @@ class TensorFileWriter:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         self.spans: dict[str, tuple[int, int]] = {}
         end = 0
-        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -ITEM_BYTES[SAFETENSORS_DTYPES[item[1][0]]]):
+        for name, (dtype, shape) in sorted(
+            shapes.items(), key=lambda item: -ITEM_BYTES[SAFETENSORS_DTYPES[item[1][0]]]
+        ):
             code = SAFETENSORS_DTYPES[dtype]
             start, end = end, end + math.prod(shape) * ITEM_BYTES[code]
             header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}

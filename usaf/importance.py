@@ -97,7 +97,9 @@ def _layer_output(model: SparseModel, batch: Batch, layer: int, hidden: Tensor |
     if not last:
         return model.run_layers(batch, layer, layer + 1, hidden)
     kept: list[Tensor] = []
-    hook = model.layers[layer].register_forward_hook(lambda _m, _a, out: kept.append(out if isinstance(out, Tensor) else out[0]))
+    hook = model.layers[layer].register_forward_hook(
+        lambda _m, _a, out: kept.append(out if isinstance(out, Tensor) else out[0])
+    )
     try:
         model.run_layers(batch, layer, layer + 1, hidden)
     finally:
@@ -158,7 +160,9 @@ def _expert_pairs(pairs: Sequence[PairGradients], e: int, dtype: torch.dtype) ->
     return torch.cat([dy for dy, _ in used]), torch.cat([x for _, x in used])
 
 
-def expert_gradient(bank: ExpertBank, pairs: Sequence[PairGradients], e: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def expert_gradient(
+    bank: ExpertBank, pairs: Sequence[PairGradients], e: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The exact dense gradient [out, in] of expert e over all given backwards."""
     found = _expert_pairs(pairs, e, dtype)
     if found is None:
@@ -166,6 +170,7 @@ def expert_gradient(bank: ExpertBank, pairs: Sequence[PairGradients], e: int, dt
     return found[0].t() @ found[1]
 
 
+@torch.no_grad()
 def score_bank(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """(the k best flat indices, the k best by the even chunks and by the odd chunks alone). One expert dense at a time."""
     whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
@@ -179,6 +184,7 @@ def score_bank(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> tupl
     return whole.indices(), (even.indices(), odd.indices())
 
 
+@torch.no_grad()
 def grow_candidates(bank: ExpertBank, pairs: Sequence[PairGradients], kept: Tensor, count: int) -> Tensor:
     """The `count` flat indices outside `kept` (sorted) with the largest gradient over the captured backwards."""
     best = RunningTopK(count)

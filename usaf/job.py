@@ -79,10 +79,17 @@ class Job:
         results = evaluate_all(self.session, self.evaluations, self.phase_done)
         self.log_evaluations(step, results)
         say(f"step {step}: perplexity " + ", ".join(f"{r.name} {r.perplexity:.3f}" for r in results))
-        for r in results:
-            if r.starved_experts and step:
-                say(f"warning: {r.name}: {r.starved_experts} experts get almost no tokens")
+        self.warn_of_collapse(step, results)
         return results
+
+    def warn_of_collapse(self, step: int, results: list[Evaluation]) -> None:
+        """Say so when training starves experts that the base model used."""
+        starved_before = {e["name"]: e["starved_experts"] for e in self.before}
+        for r in results:
+            if r.starved_experts > starved_before.get(r.name, r.starved_experts):
+                message = f"{r.name}: {r.starved_experts} experts get almost no tokens, {starved_before[r.name]} before training"
+                say(f"warning: {message}; lower ROUTER_LR")
+                self.run.log("warning", step=step, message=message)
 
     def choose_weights(self, trainer: Trainer) -> None:
         """Importance over the first sequences of the run's order, and the first resumable checkpoint."""
@@ -141,7 +148,12 @@ class Job:
         """Evaluate and save when due. A save that falls into a capture window waits for its reselection, but for an
         interrupt, which saves the captured pairs too. Returns whether to go on."""
         step = trainer.step
-        if self.values.eval_every and step % self.values.eval_every == 0 and step < trainer.steps and not self.interrupted:
+        if (
+            self.values.eval_every
+            and step % self.values.eval_every == 0
+            and step < trainer.steps
+            and not self.interrupted
+        ):
             self.evaluate(step)
         self.save_pending |= step % self.values.save_every == 0
         if self.interrupted or (self.save_pending and not trainer.in_capture_window()):
@@ -209,10 +221,16 @@ class Job:
 
 
 def moved_by_layer(session: Session, delta: Delta) -> list[dict[str, int]]:
-    sizes = {name: bank.expert_size for moe in session.model.moe for name, bank in zip(moe.names, moe.banks, strict=True)}
+    sizes = {
+        name: bank.expert_size for moe in session.model.moe for name, bank in zip(moe.names, moe.banks, strict=True)
+    }
     moved = experts_moved(delta, sizes)
     return [
-        {"layer": moe.layer, "experts": moe.banks[0].num_experts, "moved": moved.get(moe.names[0].rpartition(".")[0], 0)}
+        {
+            "layer": moe.layer,
+            "experts": moe.banks[0].num_experts,
+            "moved": moved.get(moe.names[0].rpartition(".")[0], 0),
+        }
         for moe in session.model.moe_from(session.start)
     ]
 
@@ -232,7 +250,9 @@ def open_folder(settings: ResolvedSettings, resume_from: Path | None) -> RunFold
     tag = settings.values.run_tag or default_tag()
     folder = Path(settings.values.output_dir).expanduser() / tag
     if (folder / "settings.json").is_file():
-        raise UserError(f"RUN_TAG={tag}: {folder} already holds a run; go on with RESUME={folder}, or choose another RUN_TAG")
+        raise UserError(
+            f"RUN_TAG={tag}: {folder} already holds a run; go on with RESUME={folder}, or choose another RUN_TAG"
+        )
     return RunFolder(folder)
 
 
@@ -289,7 +309,10 @@ def run_phases(job: Job, saved: SavedState | None) -> int:
         job.restore(trainer, saved)
     else:
         results = job.evaluate(0)
-        job.before = [{"name": r.name, "loss": r.loss, "perplexity": r.perplexity} for r in results]
+        job.before = [
+            {"name": r.name, "loss": r.loss, "perplexity": r.perplexity, "starved_experts": r.starved_experts}
+            for r in results
+        ]
         job.choose_weights(trainer)
         job.save(trainer)
     job.train(trainer)
@@ -339,4 +362,3 @@ def final_table(summary: dict[str, Any]) -> str:
     if summary["peak_device_memory_bytes"] is not None:
         facts.append(["peak device memory", f"{summary['peak_device_memory_bytes'] / 1e9:.2f} GB"])
     return table(rows, ["", "before", "after", "change"]) + "\n\n" + table(facts, ["", "value"])
-

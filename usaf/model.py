@@ -156,7 +156,9 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]
     depth = model.config.get_text_config().num_hidden_layers
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not found:
-        raise UserError(f"MODEL: {model.config.model_type} has no list of {depth} layers; this family is not supported yet")
+        raise UserError(
+            f"MODEL: {model.config.model_type} has no list of {depth} layers; this family is not supported yet"
+        )
     name, layers = min(found, key=lambda item: item[0].count("."))
     return model.get_submodule(name.rpartition(".")[0]), name, layers
 

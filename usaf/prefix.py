@@ -125,7 +125,9 @@ class BoundaryStates:
         if not torch.isfinite(rounded).all():
             raise UserError(f"CACHE_DTYPE={str(self.dtype)[6:]}: activations that enter layer {self.start} are not finite in "
                             "it; set CACHE_DTYPE=bf16 or fp32")  # fmt: skip
-        return {row: rounded[i, :length] for i, (row, length) in enumerate(zip(self.chunks[chunk], lengths, strict=True))}
+        return {
+            row: rounded[i, :length] for i, (row, length) in enumerate(zip(self.chunks[chunk], lengths, strict=True))
+        }
 
     def _row(self, row: int) -> Tensor:
         chunk = self.chunk_of[row]
@@ -226,7 +228,9 @@ class _CacheFile:
             file.seek(self.starts[row] * self._token_bytes())
             got = file.readinto(buffer)
         if got != count:
-            raise UserError(f"{self.path}: is shorter than it should be; delete the folder {self.folder}, and it is made anew")
+            raise UserError(
+                f"{self.path}: is shorter than it should be; delete the folder {self.folder}, and it is made anew"
+            )
         return torch.frombuffer(buffer, dtype=self.dtype).view(self.rows.length(row), *self.token_shape)
 
 

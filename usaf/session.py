@@ -112,9 +112,7 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def prepare(
-    settings: ResolvedSettings, decisions: dict[str, Any] | None = None, train: bool = True
-) -> Session:
+def prepare(settings: ResolvedSettings, decisions: dict[str, Any] | None = None, train: bool = True) -> Session:
     """Check settings against checkpoint and data, and read the data. Nothing is written but the demo's texts.
 
     decisions: those of an earlier process, which this one must share (resume, evaluation).
@@ -288,7 +286,9 @@ def fill_all(states: list[BoundaryStates], done: PhaseDone | None = None) -> Non
                 say(note)
 
 
-def evaluate_all(session: Session, states: dict[str, BoundaryStates], done: PhaseDone | None = None) -> list[Evaluation]:
+def evaluate_all(
+    session: Session, states: dict[str, BoundaryStates], done: PhaseDone | None = None
+) -> list[Evaluation]:
     tokens = sum(s.rows.length(row) for s in states.values() for chunk in s.chunks for row in chunk)
     results = []
     with phase("evaluate", tokens, "tok", done) as bar:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from usaf.data import DataOrder, Rows
 from usaf.delta import Delta
+from usaf.errors import RunError
 from usaf.experts import ExpertBank, PairGradients
 from usaf.importance import grow_candidates
 from usaf.loss import count_targets, loss_and_gradient
@@ -32,10 +33,6 @@ from usaf.selection import drop_fraction_at, reselect, smallest_k_positions
 from usaf.settings import Settings
 
 MAX_SKIPPED = 5
-
-
-class TrainingDiverged(Exception):
-    """Too many steps in a row had no finite loss or gradient."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,9 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.losses: dict[str, list[float]] = {"first": [], "last": []}
         self.trained = model.moe_from(states.start)
-        self.banks: dict[str, ExpertBank] = {n: b for moe in self.trained for n, b in zip(moe.names, moe.banks, strict=True)}
+        self.banks: dict[str, ExpertBank] = {
+            n: b for moe in self.trained for n, b in zip(moe.names, moe.banks, strict=True)
+        }
         self.routers = {moe.router_name: moe.router for moe in self.trained} if settings.router_lr > 0 else {}
         for router in self.routers.values():
             router.weight.requires_grad_(True)
@@ -118,7 +117,9 @@ class Trainer:
         """One optimizer step on the next micro-batches."""
         began = time.perf_counter()
         capturing = self.next_reselection() is not None and self._in_window()
-        micro_batches = [self.order.micro_batch(self.step * self.settings.accum + i) for i in range(self.settings.accum)]
+        micro_batches = [
+            self.order.micro_batch(self.step * self.settings.accum + i) for i in range(self.settings.accum)
+        ]
         batches = [self.rows.batch(rows) for rows in micro_batches]
         scale = 1.0 / max(1, sum(count_targets(batch) for batch in batches))
         parameters = self.parameters()
@@ -181,7 +182,7 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise TrainingDiverged(
+            raise RunError(
                 f"LR_PEAK={self.settings.lr_peak:g}: the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row "
                 f"(the last is step {self.step + 1}); lower LR_PEAK or ROUTER_LR, and go on from the last checkpoint or anew"
             )
@@ -319,5 +320,10 @@ def scale_pairs(pairs: PairGradients, scale: float) -> PairGradients:
     if scale == 1.0:
         return pairs
     return PairGradients(
-        pairs.inputs, pairs.input_token, pairs.grad_outputs * scale, pairs.output_token, pairs.output_scale, pairs.starts
+        pairs.inputs,
+        pairs.input_token,
+        pairs.grad_outputs * scale,
+        pairs.output_token,
+        pairs.output_scale,
+        pairs.starts,
     )

@@ -31,7 +31,7 @@ def choose_backend(use_cuda: bool | None, use_amp: bool) -> Backend:
         if use_cuda:
             why, remedy = fault
             raise UserError(f"USE_CUDA=1 needs CUDA or ROCm, but {why}; {remedy}, or leave USE_CUDA unset")
-        passed_over.append(f"no CUDA or ROCm ({fault[0]})")
+        passed_over.append(f"no CUDA or ROCm, since {fault[0]}")
     if directml.installed():
         found = directml.probe()
         if found.fault is None:

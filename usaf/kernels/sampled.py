@@ -48,6 +48,7 @@ def sampled_gradient_csr(grad_output: Tensor, inputs: Tensor, columns: Tensor, r
     shape = (grad_output.shape[1], inputs.shape[1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(row_starts, columns, torch.zeros_like(columns, dtype=inputs.dtype), shape,
-                                          check_invariants=False)
+        pattern = torch.sparse_csr_tensor(
+            row_starts, columns, torch.zeros_like(columns, dtype=inputs.dtype), shape, check_invariants=False
+        )
         return torch.sparse.sampled_addmm(pattern, grad_output.t(), inputs, beta=0).values()

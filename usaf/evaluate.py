@@ -1,0 +1,81 @@
+"""`python -m usaf.evaluate --delta runs/x/delta.safetensors`: the loss of a saved result, in a new process.
+
+Model, data and every decision that decides a bit (threads, chunk sizes, resident copies) come from the run that saved the
+delta, so on the CPU the losses equal the run's own to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from usaf.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one line for people, like every other command's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see --help")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m usaf.evaluate", description="Evaluate a saved delta.", allow_abbrev=False)
+    parser.add_argument("--delta", type=Path, required=True, help="delta.safetensors of a run")
+    parser.add_argument("--model", help="the base model, if it has moved since the run")
+    parser.add_argument("--quant", metavar="PATH", help="the 4-bit experts, if they have moved since the run")
+    parser.add_argument("--dataset", help="the run's training data, if it has moved (its in_domain split is evaluated)")
+    parser.add_argument("--heldout", help="held-out data in place of the run's: JSONL files, comma-separated")
+    parser.add_argument("--base", action="store_true", help="leave the delta out: the 4-bit base alone")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from usaf.console import run_command
+
+    return run_command(lambda: evaluate_command(arguments))
+
+
+def evaluate_command(arguments: argparse.Namespace) -> int:
+    from usaf.console import say, table
+    from usaf.delta import load_delta
+    from usaf.files import write_json
+    from usaf.session import apply_delta, evaluate_all, load, prepare
+    from usaf.settings import ResolvedSettings
+
+    delta = load_delta(arguments.delta)
+    settings = ResolvedSettings.from_json(delta.about["settings"])
+    moved = {"model": arguments.model, "quant_path": arguments.quant, "dataset_path": arguments.dataset,
+             "heldout_path": arguments.heldout}  # fmt: skip
+    settings = settings.replace("flag", **{name: value for name, value in moved.items() if value is not None})
+    if settings.values.quant_path is None and Path(delta.about["decisions"]["quant_path"]).is_file():
+        settings = settings.replace("run", quant_path=delta.about["decisions"]["quant_path"])
+    session = prepare(settings, delta.about["decisions"], train=False)
+    load(session)
+    if not arguments.base:
+        apply_delta(session, delta, arguments.delta)
+    results = evaluate_all(session, session.evaluation_states())
+    say()
+    rows = [[r.name, f"{r.loss:.6f}", f"{r.perplexity:.4f}", f"{r.tokens:,}"] for r in results]
+    say(table(rows, ["", "loss", "perplexity", "tokens"]))
+    if arguments.json is not None:
+        evaluations: list[dict[str, Any]] = [
+            {"step": delta.about["step"], "perplexity": r.perplexity, **dataclasses.asdict(r)} for r in results
+        ]  # fmt: skip
+        write_json(arguments.json, {"delta": str(arguments.delta), "base_only": arguments.base,
+                                    "evaluations": evaluations})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
