@@ -21,7 +21,7 @@ ROWS = [
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model"},  # level 3
-    {"loss", "prefix"},  # level 4, in two rows: both serve importance and evaluation
+    {"loss", "packing", "prefix"},  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run"},
     {"trainer"},  # level 5
     {"session"},  # level 6: what every command needs before it works

@@ -34,6 +34,7 @@ from usaf.experts import ExpertBank
 from usaf.files import fingerprint
 from usaf.memory import available_bytes
 from usaf.model import SparseModel, build_model
+from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import ResolvedSettings
@@ -169,6 +170,7 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
         heldout = [str(path) for path in demo.heldout] if demo is not None else None
     own_domain = demo is not None and values.model is None
     rows = max(values.steps * values.accum * values.microbatch, values.importance_samples)
+    apart = keeps_documents_apart(checkpoint.model)
     data = build_training_data(
         values.dataset_path or str(demo.train),  # type: ignore[union-attr]
         heldout,
@@ -179,8 +181,11 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
         eval_rows=values.eval_samples,
         in_domain_fraction=values.in_domain_fraction,
         seed=values.seed,
+        one_document_per_row=not apart,
         extra_eval={"forgetting_python": demo.forgetting} if own_domain else None,  # type: ignore[union-attr]
     )
+    if not apart:
+        data.notes.append("one document a row: layers of this family see across packed documents")
     limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
     longest = max(data.train.length(r) for r in range(len(data.train)))
     if limit is not None and longest > limit:
