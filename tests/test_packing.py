@@ -23,7 +23,7 @@ def leaks(family: str) -> bool:
             model(input_ids=i, position_ids=positions, use_cache=False).logits[0, 9:] for i in (ids, edited)
         )
     # Not equal to the bit: the edit sends other tokens to the experts, and a product's rounding depends on its rows.
-    return float((before - after).abs().max()) > 1e-4
+    return float((rows[0] - rows[1]).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,7 +33,8 @@ def test_answer_agrees_with_the_logits(family: str) -> None:
 
 def test_both_answers_occur() -> None:
     answers = {family: keeps_documents_apart(meta_model(tiny_config(family))) for family in FAMILIES}
-    assert answers["qwen3_moe"] and not answers["gpt_oss"]
+    assert answers["qwen3_moe"]
+    assert not answers["gpt_oss"]
 
 
 def test_the_asked_model_is_not_changed() -> None:

@@ -1,9 +1,9 @@
 """Whether a family keeps packed documents apart: asked of the model's own code, not of a list of names.
 
-Documents packed into one row are told apart by position ids that restart; most of transformers' decoders turn that into a
-block-diagonal causal mask. Some do not (gpt_oss never hands the position ids to its mask functions), and layers with
-recurrent or linear-attention state take no such mask at all. `keeps_documents_apart` runs the decoder with its layers
-replaced by recorders, on a row of two documents, and looks at the mask that each layer would get.
+Documents packed into one row are told apart by position ids that restart; most of transformers' decoders turn that
+into a block-diagonal causal mask. Some do not (gpt_oss never hands the position ids to its mask functions), and layers
+with recurrent or linear-attention state take no such mask at all. `keeps_documents_apart` runs the decoder with its
+layers replaced by recorders, on a row of two documents, and looks at the mask that each layer would get.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 
 
 def hides_first_document(mask: object) -> bool:
-    """A [1, 1, 8, 8] mask, boolean (True = seen) or additive, that lets the second document see nothing of the first."""
+    """A [1, 1, 8, 8] mask, boolean (True = seen) or additive, that hides all of the first document from the second."""
     if not isinstance(mask, Tensor) or mask.shape[-2:] != (2 * DOCUMENT, 2 * DOCUMENT):
         return False
     crossing = mask[..., DOCUMENT:, :DOCUMENT]
