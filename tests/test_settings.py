@@ -346,11 +346,20 @@ def test_epochs_alone_do_not_contradict_steps_of_default_or_demo(environ):
 
 
 def test_capture_may_not_be_longer_than_the_time_between_reselections():
-    message = refusal(environ={"RESELECT_EVERY": "3"})
-    assert "CAPTURE_STEPS=4 (default)" in message
+    message = refusal(environ={"RESELECT_EVERY": "3", "CAPTURE_STEPS": "4"})
+    assert "CAPTURE_STEPS=4 (environment)" in message
     assert "RESELECT_EVERY=3 (environment)" in message
-    for passing in ({"RESELECT_EVERY": "4"}, {"RESELECT_EVERY": "0"}, {"RESELECT_EVERY": "3", "CAPTURE_STEPS": "3"}):
-        load_settings([], passing, {})
+    passing: list[dict[str, str]] = [
+        {"RESELECT_EVERY": "3"},  # the default window is shortened, not refused
+        {"RESELECT_EVERY": "0", "CAPTURE_STEPS": "4"},
+        {"RESELECT_EVERY": "3", "CAPTURE_STEPS": "3"},
+    ]
+    for environ in passing:
+        load_settings([], environ, {})
+
+
+def test_a_compiler_variable_near_a_setting_passes():
+    load_settings([], {"FC": "gfortran"}, {})
 
 
 # ---- misspelt names -------------------------------------------------------------------------------------------------

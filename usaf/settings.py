@@ -33,6 +33,8 @@ from usaf.errors import UserError
 
 IGNORE_VARIABLE = "USAF_IGNORE"
 MAX_EDITS = 2
+OTHER_TOOLS = {"FC"}
+"""Names within two edits of a setting (FRAC) that belong to every compiler's environment."""
 
 _WORDS = {"1": "1", "true": "1", "yes": "1", "on": "1", "0": "0", "false": "0", "no": "0", "off": "0"}
 _WINDOWS_RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM[0-9]|LPT[0-9])(\..*)?", re.IGNORECASE)
@@ -441,7 +443,8 @@ def _refuse_contradictions(settings: ResolvedSettings) -> None:
             f"STEPS={values.steps} ({sources['steps']}) contradicts EPOCHS={values.epochs} ({sources['epochs']}): "
             "EPOCHS above 0 sets STEPS from the data; leave one of them out"
         )
-    if 0 < values.reselect_every < values.capture_steps:
+    # A default capture window is shortened to what fits (`trainer`); only one that was asked for can contradict.
+    if 0 < values.reselect_every < values.capture_steps and sources["capture_steps"] in explicit:
         raise UserError(
             f"CAPTURE_STEPS={values.capture_steps} ({sources['capture_steps']}) contradicts "
             f"RESELECT_EVERY={values.reselect_every} ({sources['reselect_every']}): gradients are captured over steps "
@@ -477,7 +480,7 @@ def _refuse_misspelt_names(environ: Mapping[str, str]) -> None:
     for name in sorted(environ):
         if re.fullmatch("[A-Z0-9_]+", name) is None or name.startswith("USAF_") or name in ignored:
             continue
-        if name in variables:
+        if name in variables or name in OTHER_TOOLS:
             continue
         near = [variable for variable in variables if abs(len(variable) - len(name)) <= MAX_EDITS]
         nearest = min(near, key=lambda variable: edit_distance(name, variable), default=None)
