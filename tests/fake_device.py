@@ -16,14 +16,14 @@ Left out: speed, streams, memory figures, sparse tensors, in-place changes of sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from operators import tensors_in
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE_NAME = "fakedevice"
 TRANSFERS = ("aten::_to_copy", "aten::copy_")
@@ -75,7 +75,7 @@ class _FakeDeviceMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _names_fake(kwargs) or any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+        if _names_fake(kwargs) or any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs))):
             return _run(func, args, kwargs, self)
         return func(*args, **kwargs)
 
@@ -98,7 +98,7 @@ def _names_fake(kwargs: dict[str, Any]) -> bool:
 def _run(func: Any, args: Any, kwargs: dict[str, Any], mode: _FakeDeviceMode | None) -> Any:
     """Run `func` on the raw tensors and wrap its results, after checking that device and host do not meet."""
     name = func._schema.name
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = list(tensors_in((args, kwargs)))
     on_device = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     # torch lets a device read scalars of the host: they travel with the launch.
     on_host = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor) and tensor.dim() > 0]
@@ -108,18 +108,27 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], mode: _FakeDeviceMode | N
     if kwargs.get("device") is not None:
         stays = _names_fake(kwargs)
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    raw_args, raw_kwargs = tree_map(lambda leaf: leaf.raw if isinstance(leaf, FakeTensor) else leaf, (args, kwargs))
+    raw_args, raw_kwargs = _map(lambda leaf: leaf.raw if isinstance(leaf, FakeTensor) else leaf, (args, kwargs))
     out = func(*raw_args, **raw_kwargs)
     if mode is not None and stays:
-        for leaf in tree_leaves((raw_args, raw_kwargs, out)):
-            if isinstance(leaf, torch.Tensor) and (leaf.dim() > 0 or leaf.layout != torch.strided):
-                mode.check(leaf, name)
-    return _wrap(out, [*tree_leaves((args, kwargs))], stays)
+        for tensor in tensors_in((raw_args, raw_kwargs, out)):
+            if tensor.dim() > 0 or tensor.layout != torch.strided:
+                mode.check(tensor, name)
+    return _wrap(out, on_device, stays)
 
 
-def _wrap(out: Any, arguments: list[Any], stays: bool) -> Any:
+def _map(function: Callable[[Any], Any], values: Any) -> Any:
+    """`function` of every leaf of an operator's arguments or results."""
+    if isinstance(values, (tuple, list)):
+        return type(values)(_map(function, value) for value in values)
+    if isinstance(values, dict):
+        return {key: _map(function, value) for key, value in values.items()}
+    return function(values)
+
+
+def _wrap(out: Any, arguments: list[FakeTensor], stays: bool) -> Any:
     """Wrap results; a result that is an argument (in-place and out= operators) comes back as that very argument."""
-    wrappers = {id(leaf.raw): leaf for leaf in arguments if isinstance(leaf, FakeTensor)}
+    wrappers = {id(argument.raw): argument for argument in arguments}
 
     def wrap(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, FakeTensor):
@@ -130,7 +139,7 @@ def _wrap(out: Any, arguments: list[Any], stays: bool) -> Any:
             return argument
         return FakeTensor(leaf) if stays else leaf
 
-    return tree_map(wrap, out)
+    return _map(wrap, out)
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from usaf.checkpoint import Checkpoint
+from usaf.data import NO_TARGET, Batch
 from usaf.devices import Backend, choose_backend
 from usaf.expert_store import open_or_make
 from usaf.model import SparseModel, build_model
@@ -36,8 +38,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
                 "sliding_window": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
 }  # fmt: skip
 CLASSES = {
-    "qwen3_moe": "Qwen3MoeConfig", "mixtral": "MixtralConfig", "olmoe": "OlmoeConfig", "deepseek_v3": "DeepseekV3Config",
-    "gpt_oss": "GptOssConfig",
+    "qwen3_moe": "Qwen3MoeConfig", "mixtral": "MixtralConfig", "olmoe": "OlmoeConfig", "gpt_oss": "GptOssConfig",
+    "deepseek_v3": "DeepseekV3Config",
 }  # fmt: skip
 FAMILIES = list(CONFIGS)
 
@@ -55,6 +57,9 @@ def random_model(family: str, seed: int = 0, std: float = 0.08, **changes: Any) 
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=std)
+    for name, vector in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("router.bias", "e_score_correction_bias")):  # zeros would hide that they are lost
+            nn.init.normal_(vector.data, std=std)
     return model
 
 
@@ -81,6 +86,55 @@ def base_into(reference: PreTrainedModel, model: SparseModel) -> None:
             parameter = reference.get_parameter(name)
             transposed = reference.get_submodule(name.rpartition(".")[0]).is_transposed
             parameter.data.copy_(weight.transpose(1, 2) if transposed else weight)
+
+
+def reference_of(folder: Path, model: SparseModel) -> PreTrainedModel:
+    """transformers' own model of a checkpoint with eager experts, in fp32, computing the function that `model` does."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    base_into(reference, model)
+    return reference
+
+
+def random_batch(documents: list[list[int]], seed: int = 0, vocab: int = VOCAB) -> Batch:
+    """Rows of documents of the given lengths, padded the way `Rows.batch` pads them, with random ids."""
+    rng = np.random.default_rng(seed)
+    lengths = [sum(row) for row in documents]
+    shape = len(documents), max(lengths)
+    ids, labels, positions = np.zeros(shape, np.int64), np.full(shape, NO_TARGET), np.zeros(shape, np.int64)
+    for i, row in enumerate(documents):
+        begin = 0
+        for length in [*row, shape[1] - lengths[i]]:
+            span = slice(begin, begin + length)
+            positions[i, span] = np.arange(length)
+            if begin < lengths[i]:
+                ids[i, span] = rng.integers(3, vocab, length)
+                labels[i, span] = ids[i, span]
+                labels[i, begin] = NO_TARGET
+            begin += length
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(positions), lengths)
+
+
+def activate(model: SparseModel, per_bank: int = 200, std: float = 0.02, seed: int = 0) -> None:
+    """Random active weights with non-zero deltas in every bank, and routers that want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for moe in model.moe:
+        for bank in moe.banks:
+            active = torch.randperm(bank.numel, generator=generator)[:per_bank].sort().values
+            bank.set_active(active, torch.randn(len(active), generator=generator) * std)
+        moe.router_weight.requires_grad_(True)
+
+
+class Float64Kept(TorchFunctionMode):
+    """transformers computes softmax and sigmoid scores in fp32, too coarse for differences: leave float64 as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (func in (Tensor.to, Tensor.type) and torch.float32 in args[1:]):
+                return args[0]
+            if kwargs.get("dtype") == torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 def write_tokens(path: Path, samples: int = 40, length: int = 24, seed: int = 0, vocab: int = VOCAB) -> Path:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from usaf.devices import backend as backend_module
 from usaf.devices import choose_backend, cuda, directml
-from usaf.devices.backend import Backend
+from usaf.devices.backend import Backend, without_bf16
 from usaf.errors import UserError
 
 WORKING = """
@@ -292,3 +293,58 @@ def test_windows_exception_codes_are_named() -> None:
 def test_installed_does_not_import(install) -> None:
     install("raise AssertionError('imported')")
     assert directml.installed()
+
+
+# --- the type of frozen weights -------------------------------------------------------------------
+
+
+def a_backend(name: str, compute: torch.dtype, native_bf16: bool) -> Backend:
+    return Backend(name, torch.device("cpu"), compute, "", "", native_bf16, False, False, False, "eager")
+
+
+def weights(scale: float, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("compute", "native_bf16", "stored", "held"),
+    [
+        (torch.float32, False, torch.bfloat16, torch.float16),
+        (torch.float32, False, torch.float16, torch.float16),
+        (torch.float32, False, torch.float32, torch.float32),
+        (torch.float32, True, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, True, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, True, torch.float32, torch.bfloat16),
+        (torch.bfloat16, True, torch.float16, torch.bfloat16),
+    ],
+)
+def test_type_in_which_a_device_holds_a_weight(
+    compute: torch.dtype, native_bf16: bool, stored: torch.dtype, held: torch.dtype
+) -> None:
+    weight = weights(0.02, stored)
+    found = a_backend("any", compute, native_bf16).held(weight)
+    assert found.dtype == held
+    torch.testing.assert_close(found.float(), weight.to(held).float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e4, 1e6])
+def test_weights_that_float16_would_change_become_float32(scale: float) -> None:
+    """Too small: digits are lost; too large: the largest of them overflow (1e6), or fit (1e4)."""
+    weight = weights(scale, torch.bfloat16)
+    held = a_backend("directml", torch.float32, False).held(weight)
+    assert held.dtype == (torch.float16 if scale == 1e4 else torch.float32)
+    assert (held.double() - weight.double()).norm() <= torch.finfo(torch.float32).eps * weight.double().norm()
+
+
+def test_rounding_is_judged_block_by_block_over_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend_module, "ROUNDING_BLOCK_ELEMENTS", 300)
+    weight = weights(0.02, torch.bfloat16)
+    assert without_bf16(weight).dtype == torch.float16
+    weight[-1, -1] = 1e5  # beyond float16
+    assert without_bf16(weight).dtype == torch.float32
+    assert without_bf16(torch.zeros(3, dtype=torch.bfloat16)).dtype == torch.float16
+
+
+def test_the_cpu_holds_the_checkpoints_own_type() -> None:
+    weight = weights(0.02, torch.bfloat16)
+    assert choose_backend(False, True).held(weight) is weight

@@ -1,21 +1,39 @@
-"""What a user sees: progress bars for every phase, plain tables, one-line errors; and the exit status of every command.
+"""What a user sees: flags, progress bars for every phase, plain tables, one-line errors; and a command's exit status.
 
-Exit status: 0 success, 2 bad input (a `UserError`), 1 anything else, 130 Ctrl-C or SIGTERM.
+Exit status: 0 success, 2 bad input (a `UserError`), 1 anything else, 130 Ctrl-C or SIGTERM. No torch here: `--help` of
+every command comes this way and is to answer at once.
 """
 
 from __future__ import annotations
 
+import argparse
+import errno
+import io
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from tqdm import tqdm
 
 from usaf.errors import RunError, UserError
 
-OUT_OF_MEMORY_MARKS = ("out of memory", "not enough memory", "can't allocate memory")
+OUT_OF_MEMORY_MARKS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of a command; an error is one line for people, and a flag is never abbreviated."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {' '.join(message.split())}; see --help")
 
 
 def say(line: str = "") -> None:
@@ -70,30 +88,61 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """torch says it in several ways: by a class of its own on GPUs, by a plain RuntimeError on the host."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(mark in text for mark in OUT_OF_MEMORY_MARKS)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in OUT_OF_MEMORY_MARKS)
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """The exit status of a command; every error that a user can cause is one line on stderr."""
+    """The exit status of a command; every error that a user can cause is one line on stderr.
+
+    SIGTERM ends it the way Ctrl-C does, so that half-written files are cleared away.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that a Windows code page lacks must not end a run
+    with terminable():
+        return exit_status(command)
+
+
+def exit_status(command: Callable[[], int]) -> int:
     try:
         return command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error), 2)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(str(error), 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; nothing to tell it
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"error: out of memory ({first}); lower MICROBATCH, SEQ_LEN, IMPORTANCE_SAMPLES or CAPTURE_STEPS, or raise "
-              "TRAIN_FROM; finished work is kept: go on with RESUME=auto", file=sys.stderr)  # fmt: skip
-        return 1
+        return fail(f"out of memory ({first}); lower MICROBATCH, SEQ_LEN, IMPORTANCE_SAMPLES or CAPTURE_STEPS, or "
+                    "raise TRAIN_FROM; finished work is kept: go on with RESUME=auto", 1)  # fmt: skip
+
+
+def fail(line: str, status: int) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt while the block runs. Only the main thread may set signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if previous is not None:  # else it was not set by Python and cannot be put back
+            signal.signal(signal.SIGTERM, previous)
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,9 +1,9 @@
 """The trained result as a file: which weights, by how much, and the router; nothing else.
 
-`delta.safetensors` holds `<parameter>.indices` (flat, sorted; int32 where they fit) and `<parameter>.values` (fp32) for
-each fused expert parameter, and every trained router weight whole in fp32. A weight that was dropped on the way is not in
-it: it is at its base value, in memory and here alike. The metadata carries the fingerprint of the base (a delta fits one
-base only) and every choice that a measurement made, so that another process computes the same bits.
+`delta.safetensors` holds `<parameter>.indices` (flat, sorted; int32 where they fit) and `<parameter>.values` (fp32)
+for each fused expert parameter, and every trained router weight whole in fp32. A weight that was dropped on the way is
+not in it: it is at its base value, in memory and here alike. The metadata carries the fingerprint of the base (a delta
+fits one base only) and every choice that a measurement made, so that another process computes the same bits.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def load_delta(path: Path) -> Delta:
                     f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run"
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({' '.join(str(error).split())}); run again") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as a whole safetensors file ({' '.join(str(error).split())}); copy it "
+                        "again, or run again") from None  # fmt: skip
     experts = {
         name.removesuffix(".indices"): (indices.to(torch.int64), tensors[f"{name.removesuffix('.indices')}.values"])
         for name, indices in tensors.items()

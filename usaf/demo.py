@@ -30,7 +30,17 @@ from usaf.errors import UserError
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 DEMO_MODEL = DATA_FOLDER / "demo-moe"
 DEMO_TEXT = DATA_FOLDER / "demo-text"  # ignored by git, made on first use
-DEMO_SETTINGS: dict[str, object] = {}
+DEMO_SETTINGS: dict[str, object] = {
+    "train_from": 2,  # four of six layers: the default, one in six, is meant for 48
+    "frac": 0.02,  # at 0.5% a model this small forgets more for what it learns
+    "lr_peak": 3e-3,  # a model of 8.5 M weights wants ten times and more of what one of 30 B wants
+    "router_lr": 2e-4,  # at 1e-3 an expert starved
+    "seq_len": 256,
+    "microbatch": 4,
+    "eval_every": 60,
+    "eval_samples": 32,
+}
+"""What the bundled demo brings in place of the defaults (source `demo` in the table): docs/decisions.md has the sweep."""
 
 # Modules the demo model never saw: its own held-out set, and later the measure of forgetting.
 PYTHON_HELDOUT = {

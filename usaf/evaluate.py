@@ -1,7 +1,7 @@
 """`python -m usaf.evaluate --delta runs/x/delta.safetensors`: the loss of a saved result, in a new process.
 
-Model, data and every decision that decides a bit (threads, chunk sizes, resident copies) come from the run that saved the
-delta, so on the CPU the losses equal the run's own to the last bit.
+Model, data and every decision that decides a bit (threads, chunk sizes, resident copies) come from the run that saved
+the delta, so on the CPU the losses equal the run's own to the last bit.
 """
 
 from __future__ import annotations
@@ -11,20 +11,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from usaf.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors as one line for people, like every other command's."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see --help")
+from usaf.console import Parser, run_command, say, table
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m usaf.evaluate", description="Evaluate a saved delta.", allow_abbrev=False)
+    parser = Parser("python -m usaf.evaluate", "Evaluate a saved delta.")
     parser.add_argument("--delta", type=Path, required=True, help="delta.safetensors of a run")
     parser.add_argument("--model", help="the base model, if it has moved since the run")
     parser.add_argument("--quant", metavar="PATH", help="the 4-bit experts, if they have moved since the run")
@@ -36,23 +29,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from usaf.console import run_command
-
-    return run_command(lambda: evaluate_command(arguments))
+    return run_command(lambda: evaluate_command(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from usaf.console import say, table
     from usaf.delta import load_delta
-    from usaf.files import write_json
+    from usaf.files import require_writable, write_json
     from usaf.session import apply_delta, evaluate_all, load, prepare
     from usaf.settings import ResolvedSettings
 
+    if arguments.json is not None:
+        require_writable(arguments.json, "--json")
     delta = load_delta(arguments.delta)
     settings = ResolvedSettings.from_json(delta.about["settings"])
     moved = {"model": arguments.model, "quant_path": arguments.quant, "dataset_path": arguments.dataset,

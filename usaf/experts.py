@@ -25,6 +25,7 @@ from usaf.kernels.sampled import sampled_gradient
 from usaf.quantization import QuantizedTensor, dequantize
 
 EXPERTS_IMPLEMENTATION = "usaf"
+INDEX_ADD_DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Routing:
             starts.append(starts[-1] + count)
         slot = slot[: starts[-1]]
         return cls(torch.div(slot, expert_ids_TK.shape[1], rounding_mode="floor"), slot, starts)
+
+    def by_pair(self) -> Routing:
+        """The same pairs for inputs that are kept by pair ([P, in]) instead of by token."""
+        return Routing(torch.arange(len(self.token_P), device=self.token_P.device), self.slot_P, self.starts)
 
     def used(self) -> Iterator[tuple[int, int, int]]:
         """(expert, first pair, end of pairs) for every expert that got a token."""
@@ -192,7 +197,7 @@ class ExpertBank(nn.Module):
 
 def add_rows(target: Tensor, rows: Tensor, source: Tensor) -> None:
     """target[rows[i]] += source[i], in order. index_add falls back to the host on DirectML; scatter_add does not."""
-    if target.device.type in ("cpu", "cuda"):
+    if target.device.type in INDEX_ADD_DEVICES:
         target.index_add_(0, rows, source)
     else:
         target.scatter_add_(0, rows.unsqueeze(1).expand_as(source), source)
@@ -202,7 +207,7 @@ class GroupedLinear(torch.autograd.Function):
     """Pairs of the first projection: y[p] = W_{e(p)} x[token(p)] + b_{e(p)}; x is [T, in], the result [P, out]."""
 
     @staticmethod
-    def forward(ctx, x, delta, bias, bank: ExpertBank, routing: Routing):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, delta, bias, bank: ExpertBank, routing: Routing):
         ctx.bank, ctx.routing = bank, routing
         ctx.save_for_backward(x, delta)
         parts = []
@@ -213,7 +218,7 @@ class GroupedLinear(torch.autograd.Function):
         return torch.cat(parts) if parts else x.new_zeros(0, bank.out_features)
 
     @staticmethod
-    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_y):
         x, delta = ctx.saved_tensors
         bank, routing = ctx.bank, ctx.routing
         grad_y = grad_y.contiguous()
@@ -240,7 +245,7 @@ class GroupedLinearCombine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, a, g, delta, bias, num_tokens: int, bank: ExpertBank, routing: Routing):  # type: ignore[no-untyped-def]
+    def forward(ctx, a, g, delta, bias, num_tokens: int, bank: ExpertBank, routing: Routing):
         ctx.bank, ctx.routing, ctx.bias = bank, routing, bias
         ctx.save_for_backward(a, g, delta)
         out = a.new_zeros(num_tokens, bank.out_features)
@@ -252,7 +257,7 @@ class GroupedLinearCombine(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_out):
         a, g, delta = ctx.saved_tensors
         bank, routing, bias = ctx.bank, ctx.routing, ctx.bias
         grad_out = grad_out.contiguous()
@@ -268,11 +273,9 @@ class GroupedLinearCombine(torch.autograd.Function):
                 grad_g.append(weighted if bias is None else weighted + (dy * bias[e].to(dy.dtype)).sum(1))
                 grad_a.append(back * g[first:end].unsqueeze(1).to(back.dtype))
         grad_delta = bank.delta_gradient(pairs, a.dtype) if ctx.needs_input_grad[2] else None
-        return (
-            torch.cat(grad_a) if grad_a else torch.zeros_like(a),
-            torch.cat(grad_g).to(g.dtype) if grad_g else torch.zeros_like(g),
-            grad_delta, None, None, None, None,
-        )  # fmt: skip
+        grad_a_P = torch.cat(grad_a) if grad_a else torch.zeros_like(a)
+        grad_g_P = torch.cat(grad_g).to(g.dtype) if grad_g else torch.zeros_like(g)
+        return grad_a_P, grad_g_P, grad_delta, None, None, None, None
 
 
 def experts_forward(self: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, routing_weights_TK: Tensor) -> Tensor:
@@ -293,7 +296,12 @@ def experts_forward(self: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, r
     a = self._apply_gate(h) if self.has_gate else self.act_fn(h)  # type: ignore[operator]
     g = routing_weights_TK.reshape(-1).gather(0, routing.slot_P)
     bias = self.down_proj_bias if self.has_bias else None
-    return GroupedLinearCombine.apply(a, g, down.delta, bias, hidden_TH.shape[0], down, routing)
+    if not getattr(self, "has_post_expert_norm", False):  # transformers 5.13 does not know the attribute
+        return GroupedLinearCombine.apply(a, g, down.delta, bias, hidden_TH.shape[0], down, routing)
+    # The norm stands between product and routing weight, so this family keeps its products for the backward.
+    y = self.post_expert_norm(GroupedLinear.apply(a, down.delta, bias, down, routing.by_pair()))  # type: ignore[operator]
+    weighted = (y * g.unsqueeze(1)).to(hidden_TH.dtype)
+    return torch.zeros_like(hidden_TH).index_add(0, routing.token_P, weighted)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)

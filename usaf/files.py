@@ -6,13 +6,16 @@ moment leaves the old file or the new one. Nothing here replaces a file that is 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,32 +38,99 @@ def flush(file: IO[Any]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable. Windows has no such call and needs none."""
+    """Make renames inside `folder` durable. Windows has no such call and needs none; some network disks refuse it."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with suppress(OSError):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    What a killed process left of an earlier attempt is removed first.
+
+    Args:
+        overwrite: False keeps a `path` that another process made meanwhile, and drops this one's work.
+
+    Raises:
+        UserError: full disk, no rights, not a folder.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path)
+        with open_locked(partial) as file:
             yield file
             flush(file)
-        os.replace(partial, path)
+            if os.name != "nt" and (overwrite or not path.exists()):
+                os.replace(partial, path)  # while the lock still keeps others from removing it
+        if os.name == "nt" and (overwrite or not path.exists()):  # Windows renames closed files only
+            os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: could not be written ({error.strerror or error}); free space or check the rights of "
                         f"{path.parent}") from error  # fmt: skip
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is there only where something went wrong, and that is what is to be told
+            partial.unlink()
     flush_folder(path.parent)
+
+
+def open_locked(path: Path) -> IO[bytes]:
+    """Open a new file for writing. While it is open, `remove_abandoned` of other processes leaves it alone."""
+    while True:
+        file = open(path, "xb")  # noqa: SIM115  (the caller closes it)
+        if os.name == "nt":
+            return file  # Windows removes no file that is open
+        with suppress(OSError):  # a disk without locks: then nobody can lock the file to remove it either
+            lock(file, wait=True)
+        if os.fstat(file.fileno()).st_nlink > 0:
+            return file
+        file.close()  # another process took it for abandoned before the lock was there
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete the partial files for `path` whose process is gone: those that can be locked, on Windows deleted."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):
+            if os.name != "nt":
+                with open(partial, "rb") as file:
+                    lock(file)
+                    partial.unlink()
+            else:
+                partial.unlink()
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Refuse a file that could not be written at the end, before the work that it is to hold. Leaves nothing behind.
+
+    what: the flag or setting that names it.
+
+    Raises:
+        UserError: a folder is there in its place, or its folder can be neither used nor made.
+    """
+    if path.is_dir():
+        raise UserError(f"{what} {path}: is a folder; give the name of a file")
+    existing = existing_parent(path.absolute().parent)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"{what} {path}: could not be written ({existing}: {error.strerror or error}); give a file "
+                        "in a folder that can") from None  # fmt: skip
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    for parent in (folder.absolute(), *folder.absolute().parents):
+        if parent.exists():
+            return parent
+    raise UserError(f"{folder}: no such drive; give a folder on a disk that is there")
 
 
 def write_json(path: Path, data: object) -> None:
@@ -99,7 +169,7 @@ class TensorFileWriter:
         """Place `values` at item `first_item` of the flattened tensor `name`."""
         start, end = self.spans[name]
         at = start + first_item * values.element_size()
-        data = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensor_bytes(values)
         assert at + data.nbytes <= end
         self.file.seek(self.data_start + at)
         self.file.write(data)
@@ -107,7 +177,8 @@ class TensorFileWriter:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in memory order, without a copy where it is contiguous on the host."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def hash_file(path: Path) -> str:
@@ -115,20 +186,25 @@ def hash_file(path: Path) -> str:
     stat = path.stat()
     stamp = {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     memo = path.with_name(path.name + ".sha256.json")
-    if memo.is_file():
-        try:
-            known = json.loads(memo.read_text(encoding="utf-8"))
-        except ValueError:
-            known = {}
-        if all(known.get(key) == value for key, value in stamp.items()):
-            return str(known["sha256"])
+    known = read_memo(memo)
+    if known is not None and {name: known.get(name) for name in stamp} == stamp:
+        return known["sha256"]
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    if os.access(path.parent, os.W_OK):
+    with suppress(UserError):  # beside a file on a read-only or full disk it is worked out again next time
         write_json(memo, {**stamp, "sha256": digest.hexdigest()})
     return digest.hexdigest()
+
+
+def read_memo(path: Path) -> dict[str, Any] | None:
+    """What an earlier `hash_file` left, if that can be used."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) and isinstance(known.get("sha256"), str) else None
 
 
 def fingerprint(parts: object) -> str:
@@ -138,11 +214,26 @@ def fingerprint(parts: object) -> str:
 
 def require_space(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
     """Refuse before anything is written. `folder` need not exist yet."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free:
-        raise UserError(f"{folder}: {what} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-                        f"{remedy}")  # fmt: skip
+        raise UserError(f"{folder}: {what} needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+                        f"free; {remedy}")  # fmt: skip
+
+
+def lock(file: IO[Any], wait: bool = False) -> None:
+    """Take the operating system's lock on an open file, or raise OSError; closing the file gives it back.
+
+    wait: not on Windows.
+    """
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 class FolderLock:
@@ -153,22 +244,11 @@ class FolderLock:
         self.path = folder / ".lock"
         self.file = open(self.path, "a+b")  # noqa: SIM115  (held open for as long as the lock)
         try:
-            self._lock()
+            lock(self.file)
         except OSError as error:
             self.file.close()
             raise UserError(f"{folder}: another run is using this folder; wait for it, or choose another RUN_TAG"
                             ) from error  # fmt: skip
-
-    def _lock(self) -> None:
-        if os.name == "nt":
-            import msvcrt
-
-            self.file.seek(0)
-            msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
         self.file.close()  # closing the file gives the lock back on every system

@@ -9,9 +9,13 @@ is kept (`experts.PairGradients`). Then one expert at a time gets its exact dens
 is scored by |gradient|, its best entries compete for the k places of the fused tensor, and it is freed. Memory grows
 with tokens, not with weights, and every expert's product sees the tokens of all samples.
 
-The same pairs, captured from the last ordinary training steps, rank the candidates of a reselection (`grow_candidates`).
+The same pairs, captured from the last ordinary training steps, rank the candidates of a reselection
+(`grow_candidates`).
 
-Source: |mean gradient| as the score, SPEFT (arXiv 2412.13488); layer-major order and one-expert-at-a-time: design.
+Left out: keeping the pairs of more than one layer, or on the disk, to decode each expert once for all chunks. An expert
+is decoded at most three times a chunk here (forward, and forward and backward again), and memory stays that of a layer.
+
+Source: |mean gradient| as the score, SPEFT (arXiv 2412.13488).
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Importance:
-    """active: parameter name -> sorted flat indices. half_overlap: how much masks from disjoint halves agree, 0 to 1."""
+    """active: parameter name -> sorted flat indices, int64. half_overlap: the share of their indices that masks from
+    two disjoint halves of the samples have in common, averaged over the tensors; nan where there is one sample only."""
 
     active: dict[str, Tensor]
     half_overlap: float
@@ -47,18 +52,29 @@ def active_count(numel: int, fraction: float) -> int:
     return max(1, int(numel * fraction))
 
 
+def sample_chunks(samples: Sequence[int], chunk_rows: int) -> list[list[int]]:
+    """The samples in their order, in an even number of chunks of at most `chunk_rows`, as equal as can be.
+
+    The even and the odd chunks are the halves whose masks are compared.
+    """
+    pairs_of_chunks = -(-len(samples) // (2 * chunk_rows))
+    count = min(2 * pairs_of_chunks, len(samples))
+    bounds = [i * len(samples) // count for i in range(count + 1)]
+    return [list(samples[begin:end]) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
 def find_important(
     model: SparseModel, states: BoundaryStates, rows: Rows, samples: Sequence[int], fraction: float,
     chunk_rows: int, head_chunk_tokens: int, progress: Progress,
 ) -> Importance:  # fmt: skip
     """The `fraction` of each fused expert tensor with the largest mean gradient over the sequences `samples`.
 
-    Ties go to the lower index. The two halves whose masks are compared are the even and the odd chunks.
+    Ties go to the lower index. `progress` is called twice for each chunk (`sample_chunks`) and trainable layer.
     """
-    chunk_rows = max(1, min(chunk_rows, (len(samples) + 1) // 2))
-    chunks = [list(samples[i : i + chunk_rows]) for i in range(0, len(samples), chunk_rows)]
+    chunks = sample_chunks(samples, chunk_rows)
     batches = [rows.batch(chunk) for chunk in chunks]
-    inputs = _forward(model, batches, [states.hidden(chunk) for chunk in chunks], states.start, progress)
+    entering = [_on_host(states.hidden(chunk)) for chunk in chunks]
+    inputs = _forward(model, batches, entering, states.start, progress)
     gradients = _head_gradients(model, batches, inputs.pop(), head_chunk_tokens)
     active: dict[str, Tensor] = {}
     overlaps: list[float] = []
@@ -67,12 +83,17 @@ def find_important(
         moe = by_layer.get(layer)
         captured = _layer_backward(model, batches, layer, moe, inputs.pop(), gradients, layer > states.start, progress)
         if moe is not None:
-            for name, bank, pairs in zip(moe.names, moe.banks, captured, strict=True):
-                whole, halves = score_bank(bank, pairs, active_count(bank.numel, fraction))
-                active[name] = whole
-                if len(chunks) > 1:
-                    overlaps.append(overlap(*halves))
-    return Importance(active, sum(overlaps) / len(overlaps) if overlaps else float("nan"), len(samples))
+            for name, bank in zip(moe.names, moe.banks, strict=True):
+                pairs = captured.pop(0)
+                active[name], halves = score_bank(bank, pairs, active_count(bank.numel, fraction))
+                overlaps.append(overlap(*halves))
+                del pairs  # a layer's pairs are gone before the next layer's are captured
+    half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
+    return Importance(active, half_overlap, len(samples))
+
+
+def _on_host(hidden: Tensor | None) -> Tensor | None:
+    return None if hidden is None else hidden.cpu()
 
 
 @torch.no_grad()
@@ -93,7 +114,7 @@ def _forward(
 
 
 def _layer_output(model: SparseModel, batch: Batch, layer: int, hidden: Tensor | None, last: bool) -> Tensor:
-    """One layer alone. The last layer is followed by the final norm inside the decoder, so its own output is captured."""
+    """One layer alone. Inside the decoder the final norm follows the last layer, whose own output is caught."""
     if not last:
         return model.run_layers(batch, layer, layer + 1, hidden)
     kept: list[Tensor] = []
@@ -110,7 +131,7 @@ def _layer_output(model: SparseModel, batch: Batch, layer: int, hidden: Tensor |
 def _head_gradients(
     model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], head_chunk_tokens: int
 ) -> list[Tensor]:
-    """The gradient of the mean loss over all samples, at what enters the final norm: one [B, S, H] a chunk, on the host."""
+    """The gradient of the mean loss over all samples, at what enters the final norm: [B, S, H] a chunk, on the host."""
     scale = 1.0 / max(1, sum(count_targets(batch) for batch in batches))
     gradients = []
     for batch, h in zip(batches, hidden, strict=True):
@@ -125,31 +146,32 @@ def _head_gradients(
 def _layer_backward(
     model: SparseModel, batches: list[Batch], layer: int, moe: MoeLayer | None, inputs: list[Tensor | None],
     gradients: list[Tensor], needs_input_gradient: bool, progress: Progress,
-) -> tuple[list[PairGradients], list[PairGradients]]:  # fmt: skip
+) -> list[list[PairGradients]]:  # fmt: skip
     """All chunks through one layer's backward. `gradients` [c] goes in as the layer's output gradient and comes out as
-    its input gradient; returns what the two projections' weight gradients need, one entry a chunk."""
+    its input gradient; `inputs` is emptied. Returns, for each bank, what its weight gradients need, one entry a chunk.
+    """
     banks = moe.banks if moe is not None else ()
     for bank in banks:
         bank.captured = []
         bank.delta.requires_grad_(True)  # still empty, but it makes autograd come by
-    last = layer == model.num_layers - 1
+    deltas = [bank.delta for bank in banks]
     for c, batch in enumerate(batches):
         h = inputs[c]
-        if h is not None:
-            h = h.to(model.backend.device).requires_grad_(needs_input_gradient)
-        out = _layer_output(model, batch, layer, h, last)
-        if out.requires_grad:
-            out.backward(gradients[c].to(out.device))
-        if needs_input_gradient:
-            assert h is not None and h.grad is not None
-            gradients[c] = h.grad.cpu()
         inputs[c] = None
+        if h is not None:
+            h = h.to(model.backend.device).detach().requires_grad_(needs_input_gradient)
+        if needs_input_gradient or deltas:
+            wanted = [h, *deltas] if needs_input_gradient and h is not None else deltas  # and nothing of the routers'
+            out = _layer_output(model, batch, layer, h, last=layer == model.num_layers - 1)
+            torch.autograd.backward(out, gradients[c].to(out.device), inputs=wanted)
+        if h is not None and h.grad is not None:
+            gradients[c] = h.grad.cpu()
         progress(1)
-    captured = tuple(bank.captured or [] for bank in banks)
+    captured = [bank.captured or [] for bank in banks]
     for bank in banks:
         bank.captured = None
         bank.delta.grad = None
-    return captured if moe is not None else ([], [])  # type: ignore[return-value]
+    return captured
 
 
 def _expert_pairs(pairs: Sequence[PairGradients], e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -172,7 +194,10 @@ def expert_gradient(
 
 @torch.no_grad()
 def score_bank(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """(the k best flat indices, the k best by the even chunks and by the odd chunks alone). One expert dense at a time."""
+    """(the k best flat indices, the k best by the even and by the odd entries alone); int64, sorted.
+
+    `pairs`: one entry for each backward. One expert at a time is dense.
+    """
     whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
     for e in range(bank.num_experts):
         first = e * bank.expert_size

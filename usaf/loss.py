@@ -20,15 +20,16 @@ def count_targets(batch: Batch) -> int:
     return int((batch_loss_targets(batch.labels) != NO_TARGET).sum())
 
 
-def _positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(flat positions that have a target, their targets), both int64 on the host."""
+def _chunks(batch: Batch, chunk_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """(flat positions that have a target, their targets) a chunk, int64 on the host; none without targets."""
     targets = batch_loss_targets(batch.labels).reshape(-1)
     positions = (targets != NO_TARGET).nonzero().squeeze(1)
-    return positions, targets[positions]
+    pieces = (positions[i : i + chunk_tokens] for i in range(0, len(positions), chunk_tokens))
+    return [(piece, targets[piece]) for piece in pieces]
 
 
 def _chunk_loss(model: SparseModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed negative log-likelihood in fp32 (float64 where the model computes in it), whatever type the logits have."""
+    """Summed negative log-likelihood, in fp32 whatever 16-bit type the logits have (float64 stays)."""
     logits = model.logits(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets, reduction="sum")
@@ -38,10 +39,9 @@ def _chunk_loss(model: SparseModel, hidden: Tensor, targets: Tensor) -> Tensor:
 def loss_sum(model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int) -> tuple[float, int]:
     """(summed negative log-likelihood, targets) of a batch. hidden: [B, S, H] after the final norm."""
     device, flat = hidden.device, hidden.reshape(-1, hidden.shape[-1])
-    positions, targets = _positions(batch)
-    chunks = zip(positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    chunks = _chunks(batch, chunk_tokens)
     sums = [float(_chunk_loss(model, flat.index_select(0, p.to(device)), t.to(device))) for p, t in chunks]
-    return math.fsum(sums), len(targets)
+    return math.fsum(sums), sum(len(targets) for _, targets in chunks)
 
 
 def loss_and_gradient(
@@ -60,9 +60,8 @@ def loss_and_gradient(
     device, width = hidden.device, hidden.shape[-1]
     flat = hidden.detach().reshape(-1, width)
     gradient = torch.zeros_like(flat)
-    positions, targets = _positions(batch)
     sums = []
-    for p, t in zip(positions.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+    for p, t in _chunks(batch, chunk_tokens):
         p = p.to(device)
         chunk = flat.index_select(0, p).requires_grad_()
         loss = _chunk_loss(model, chunk, t.to(device))

@@ -83,17 +83,33 @@ class SparseModel:
 
     @contextmanager
     def placed(self, layer: int) -> Iterator[None]:
-        """A frozen layer on the compute device for as long as it is needed."""
-        device, host = self.backend.device, torch.device("cpu")
-        if device == host:
+        """A frozen layer on the compute device for as long as it is needed; the host keeps its (mapped) weights."""
+        device = self.backend.device
+        if device.type == "cpu":
             yield
             return
-        self.place(layer, device)
-        yield
-        self.place(layer, host)
+        # Not place() there and back: that would end with copies in place of the mapped files.
+        bases = [(bank, bank.base) for moe in self.moe if moe.layer == layer for bank in moe.banks]
+        stores: list[dict[str, Any]] = [s for m in self.layers[layer].modules() for s in (m._parameters, m._buffers)]
+        on_host = [(store, dict(store)) for store in stores]
+        try:
+            for bank, _ in bases:
+                bank.move(device)
+            for store, tensors in on_host:
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        moved = tensor.detach().to(device)
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        store[name] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
+            yield
+        finally:
+            for bank, base in bases:
+                bank.base = base
+            for store, tensors in on_host:
+                store.update(tensors)
 
     def run_layers(self, batch: Batch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
-        """The hidden state after layers [start, stop), and after the final norm too when `stop` is the last layer's end.
+        """The hidden state after layers [start, stop), and after the final norm too when `stop` is the model's end.
 
         Args:
             batch: B sequences of S tokens.
@@ -138,7 +154,7 @@ class SparseModel:
         def hand_on(*_: Any, **__: Any) -> MoeModelOutputWithPast:
             return MoeModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
 
-        self.decoder.forward = hand_on  # type: ignore[method-assign]
+        self.decoder.forward = hand_on
         try:
             ids = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
             return self.model(input_ids=ids, use_cache=False).logits[0]
@@ -148,11 +164,13 @@ class SparseModel:
 
 def widen_router_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Routers compute in the type of their fp32 master weights, whatever type the layer computes in."""
-    return tuple(a.to(module.weight.dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return tuple(a.to(weight.dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that runs the layers, the layers' name and the layers: the outermost list as long as the model is deep."""
+    """The module that runs the layers, their name, and they: the outermost list as long as the model is deep."""
     depth = model.config.get_text_config().num_hidden_layers
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not found:
@@ -192,19 +210,20 @@ def find_router(block: nn.Module, experts_name: str, num_experts: int) -> str:
         and not name.startswith(f"{experts_name}.") and "shared" not in name
     ]  # fmt: skip
     if len(found) != 1:
-        raise UserError(f"MODEL: the router beside {type(block).__name__}'s experts cannot be told ({found or 'none'} match "
+        matches = ", ".join(found) or "none"
+        raise UserError(f"MODEL: the router beside {type(block).__name__}'s experts cannot be told ({matches} of shape "
                         f"[{num_experts}, hidden]); this family is not supported yet")  # fmt: skip
     return found[0]
 
 
 def build_model(checkpoint: Checkpoint, store: ExpertStore, backend: Backend) -> SparseModel:
-    """Banks for experts, dense weights from the checkpoint; nothing is initialised at random and nothing copied twice."""
+    """Banks for experts, dense weights from the checkpoint; nothing is initialised at random or copied twice."""
     model = checkpoint.model
     for name, module in list(model.named_modules()):
         if is_experts_module(module):
             up, down = projection_names(module)
             attach_banks(module, store[f"{name}.{up}"], store[f"{name}.{down}"])
-    dense_hash = load_dense(model, checkpoint, backend.compute_dtype)
+    dense_hash = load_dense(model, checkpoint, backend)
     model.requires_grad_(False)
     config = {k: v for k, v in json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8")).items()
               if k not in ("transformers_version", "_name_or_path")}  # fmt: skip
@@ -218,54 +237,69 @@ def build_model(checkpoint: Checkpoint, store: ExpertStore, backend: Backend) ->
 
 def place_shared(sparse: SparseModel) -> None:
     """Everything outside the layers (embeddings, final norm, head, rotary tables) to the compute device."""
-    attribute = sparse.layers_name.rpartition(".")[2]
+    attribute, model = sparse.layers_name.rpartition(".")[2], sparse.model
+    shared = {t: s for t, s in model.all_tied_weights_keys.items() if model.get_parameter(t) is model.get_parameter(s)}
     setattr(sparse.decoder, attribute, nn.ModuleList())
-    sparse.model.to(sparse.backend.device)
+    model.to(sparse.backend.device)  # type: ignore[arg-type]
     setattr(sparse.decoder, attribute, sparse.layers)
+    for target, source in shared.items():  # torch moves the one tensor twice, except to CUDA
+        owner, _, name = target.rpartition(".")
+        model.get_submodule(owner)._parameters[name] = model.get_parameter(source)
 
 
-def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> str:
+def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend) -> str:
     """Give every parameter and buffer that is still on meta its value; returns the sha256 of what the checkpoint holds.
 
-    Weights of plain linear and embedding layers stay in the checkpoint's type; routers are fp32 masters (float64 where
-    the model computes in float64); all others, small, are in the compute type.
+    Weights of plain linear and embedding layers stay in the checkpoint's type where the device can hold it (see
+    `Backend.held`); routers are fp32 masters (float64 where the model computes in float64); all others, small, are in
+    the compute type.
     """
     routers = {router_path(model, name, m) for name, m in model.named_modules() if is_experts_module(m)}
-    wanted = {k for k, v in model.state_dict().items() if v.is_meta}
+    shapes = {k: v.shape for k, v in model.state_dict().items() if v.is_meta}
+    wanted = set(shapes)
     missing = checkpoint.missing(wanted)
     if missing:
         raise UserError(f"{checkpoint.folder}: has no tensor for {missing[0]} ({len(missing)} missing in all); the "
                         "checkpoint is incomplete, download it again")  # fmt: skip
     hashes = {}
     for name in sorted(wanted & set(checkpoint.sources)):
-        owner_name, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
         value = checkpoint.read(name)
-        if value.shape != model.state_dict()[name].shape:
+        if value.shape != shapes[name]:
             raise UserError(f"{checkpoint.folder}: {name} has shape {tuple(value.shape)}, config.json asks for "
-                            f"{tuple(model.state_dict()[name].shape)}; the two are of different models")  # fmt: skip
+                            f"{tuple(shapes[name])}; the two are of different models")  # fmt: skip
         hashes[name] = hashlib.sha256(tensor_bytes(value)).hexdigest()
-        if owner_name in routers or attribute in owner._buffers and value.is_floating_point():
-            value = value.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        elif type(owner) not in (nn.Linear, nn.Embedding) and value.is_floating_point():
-            value = value.to(dtype)
-        value = value.clone() if value.dtype.is_floating_point else value
-        if attribute in owner._parameters:
-            owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
-        else:
-            owner._buffers[attribute] = value
+        set_dense(model, name, value, routers, backend)
     for target, source in model.all_tied_weights_keys.items():
         if target in wanted and target not in checkpoint.sources:
             owner = model.get_submodule(target.rpartition(".")[0])
             owner._parameters[target.rpartition(".")[2]] = model.get_parameter(source)
     initialise_tables(model)
-    freeze_linear(model, routers, dtype)
+    freeze_linear(model, routers, backend.compute_dtype)
     return fingerprint(hashes)
 
 
+def set_dense(model: PreTrainedModel, name: str, value: Tensor, routers: set[str], backend: Backend) -> None:
+    """Put one tensor of the checkpoint in its place, in the type that `load_dense` says."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if value.is_floating_point():
+        if owner_name in routers or attribute in owner._buffers:
+            value = value.to(torch.float64 if backend.compute_dtype == torch.float64 else torch.float32)
+        elif type(owner) in (nn.Linear, nn.Embedding):
+            value = backend.held(value)
+        else:
+            value = value.to(backend.compute_dtype)
+    value = value.clone()  # the checkpoint's files are not to stay mapped
+    if attribute in owner._parameters:
+        owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[attribute] = value
+
+
 def initialise_tables(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies): transformers computes them, on modules that own such only."""
+    """Buffers that no checkpoint holds (rotary frequencies): transformers computes them, on the CPU."""
     for module in model.modules():
+        # Only the owners of such buffers: _init_weights would draw random weights elsewhere.
         if module._non_persistent_buffers_set:
             for name in module._non_persistent_buffers_set:
                 buffer = module._buffers[name]

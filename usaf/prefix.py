@@ -1,27 +1,33 @@
 """The frozen prefix: layers below `TRAIN_FROM` never change, so every sequence passes them once.
 
-The activations that enter the first trainable layer ("boundary states") are kept on disk, with a fingerprint of all that
-determines them. They are computed layer-major: a frozen layer runs over many chunks of sequences before the next one
-starts, so its weights come from the disk once, and on a GPU cross the bus once, for all of them.
+The activations that enter the first trainable layer ("boundary states") are kept on disk, with a fingerprint of all
+that determines them. They are computed layer-major: a frozen layer runs over many chunks of sequences before the next
+one starts, so its weights come from the disk once, and on a GPU cross the bus once, for all of them.
 
 Bits: a chunk always holds the same sequences, because the bits of a matrix product depend on its number of rows; and
 the states are rounded to the cache's type whether they come from the cache or not. So cached and uncached runs agree.
+
+The cache only saves time. Whatever it lacks, cannot be written or comes back changed is computed again when needed, and
+it may be deleted at any moment. Left out: removing caches of earlier runs, which is for the user to decide.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
+from usaf.console import say
 from usaf.data import Rows
 from usaf.errors import UserError
-from usaf.files import fingerprint, flush, flush_folder, tensor_bytes, write_json
+from usaf.files import fingerprint, flush, flush_folder, tensor_bytes
 from usaf.model import SparseModel
 
 STRETCH_BYTES = 512 << 20
@@ -29,6 +35,9 @@ STRETCH_BYTES = 512 << 20
 
 SPARE_DISK = 0.05
 """Share of the free disk that a cache leaves alone."""
+
+LAYOUT = 2
+"""Version of the cache's files: another one is another cache."""
 
 CACHE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -45,7 +54,7 @@ class BoundaryStates:
         dtype: what the states are rounded to.
         identity: what, beside the sequences, determines the states (the model's fingerprint, versions, threads).
         folder: where to cache; None computes every chunk when it is needed.
-        cached_rows: at most so many rows are cached (FROZEN_CACHE_N; 0 = all).
+        cached_rows: at most so many rows are cached, rounded up to whole chunks (FROZEN_CACHE_N; 0 = all).
     """
 
     def __init__(
@@ -59,8 +68,8 @@ class BoundaryStates:
         self.tokens_computed = 0  # tokens that passed the whole prefix in this process
         if folder is not None and start > 0:
             limit = self._cacheable(cached_rows)
-            about = {**identity, "start": start, "dtype": str(dtype), "rows": rows.fingerprint(), "chunks": chunks}
-            self.cache = _CacheFile(folder, fingerprint(about), rows, chunks[:limit], dtype)
+            about = {**identity, "start": start, "dtype": str(dtype), "layout": LAYOUT, "rows": rows.fingerprint()}
+            self.cache = _CacheFile(folder, about, rows, chunks, limit, dtype)
 
     def _cacheable(self, cached_rows: int) -> int:
         """How many chunks, from the first, are cached."""
@@ -84,17 +93,16 @@ class BoundaryStates:
         if self.cache is None:
             return []
         missing = self.cache.missing()
-        notes = []
-        while missing:
-            stretch, missing = self._stretch(missing)
-            states = self._compute(stretch, progress)
-            try:
-                self.cache.write({c: states[c] for c in stretch})
-            except _DiskFull as full:
-                notes.append(f"{self.cache.path}: the disk is full after {full.cached} of {len(self.chunks)} chunks; the "
-                             "others are computed when they are needed")  # fmt: skip
-                break
-        return notes
+        try:
+            while missing:
+                stretch, missing = self._stretch(missing)
+                self.cache.require_room(stretch)  # before the work: a full disk shall not cost a stretch at every start
+                self.cache.write(self._compute(stretch, progress))
+        except _NotWritten as fault:
+            cached = f"{len(self.cache.done)} of {len(self.chunks)} chunks are cached"
+            remedy = "the others are computed when they are needed; PREFIX_CACHE_DIR can name a folder elsewhere"
+            return [f"{self.cache.folder}: {fault}; {cached}, {remedy}"]
+        return []
 
     def _stretch(self, chunks: list[int]) -> tuple[list[int], list[int]]:
         width = self.model.config.get_text_config().hidden_size * 4
@@ -118,26 +126,52 @@ class BoundaryStates:
                     if progress is not None:
                         progress(sum(batch.lengths))
         self.tokens_computed += sum(sum(b.lengths) for b in batches.values())
-        return {c: self._rounded(c, states[c], batches[c].lengths) for c in chunks}
+        return {c: self._rounded(c, states.pop(c), batches[c].lengths) for c in chunks}
 
     def _rounded(self, chunk: int, hidden: Tensor, lengths: list[int]) -> dict[int, Tensor]:
-        rounded = hidden.to(self.dtype)
-        if not torch.isfinite(rounded).all():
-            raise UserError(f"CACHE_DTYPE={str(self.dtype)[6:]}: activations that enter layer {self.start} are not finite in "
-                            "it; set CACHE_DTYPE=bf16 or fp32")  # fmt: skip
-        return {
-            row: rounded[i, :length] for i, (row, length) in enumerate(zip(self.chunks[chunk], lengths, strict=True))
-        }
+        """row -> its states in the cache's type, without the padding."""
+        rows = {}
+        for row, states, length in zip(self.chunks[chunk], hidden, lengths, strict=True):
+            rows[row] = states[:length].to(self.dtype)
+            if not torch.isfinite(rows[row]).all():
+                raise UserError(self._not_finite(states[:length]))
+        return rows
+
+    def _not_finite(self, states: Tensor) -> str:
+        where = f"activations that enter layer {self.start} are not finite"
+        if torch.isfinite(states).all():
+            name = next(name for name, dtype in CACHE_DTYPES.items() if dtype == self.dtype)
+            return f"CACHE_DTYPE={name}: {where} in this type; set CACHE_DTYPE=bf16 or fp32"
+        computed_in = str(states.dtype).removeprefix("torch.")
+        return (
+            f"MODEL: {where} as computed ({computed_in}); the checkpoint or its 4-bit file is damaged, or the type is "
+            "too narrow for this model: set USE_AMP=0"
+        )
 
     def _row(self, row: int) -> Tensor:
         chunk = self.chunk_of[row]
         if self.cache is not None and self.cache.has(chunk):
-            return self.cache.read(row)
-        if chunk not in self.recent:
-            self.recent[chunk] = self._compute([chunk])[chunk]
-            while len(self.recent) > 2:
-                self.recent.popitem(last=False)
+            state = self.cache.read(chunk, row)
+            if state is not None:
+                return state
+            say(f"{self.cache.path}: cached activations are gone or damaged; they are computed again")
+            self._remember(chunk)
+            self._repair(chunk)
+        elif chunk not in self.recent:
+            self._remember(chunk)
         return self.recent[chunk][row]
+
+    def _remember(self, chunk: int) -> None:
+        self.recent[chunk] = self._compute([chunk])[chunk]
+        while len(self.recent) > 2:
+            self.recent.popitem(last=False)
+
+    def _repair(self, chunk: int) -> None:
+        assert self.cache is not None
+        try:
+            self.cache.write({chunk: self.recent[chunk]})
+        except _NotWritten as fault:
+            say(f"{self.cache.folder}: {fault}")
 
     def hidden(self, rows: Sequence[int]) -> Tensor | None:
         """What enters the first trainable layer for these rows, in the compute type: [B, S, ...] padded with zeros.
@@ -154,40 +188,57 @@ class BoundaryStates:
         return hidden.to(self.model.backend.device)
 
 
-class _DiskFull(Exception):
-    def __init__(self, cached: int) -> None:
-        self.cached = cached
+class _NotWritten(Exception):
+    """Why the cache cannot take more, in words."""
 
 
 class _CacheFile:
-    """`<folder>/<fingerprint>/states.bin`, rows at places known from their lengths, and the list of finished chunks.
+    """The folder `<fingerprint>` of one cache. It is made by the first write.
 
-    A chunk is listed only after its states are on the disk, so a killed process leaves no chunk half-written and listed.
+        states.bin   the rows' states, each at a place that follows from the rows' lengths
+        done.jsonl   a line for each finished chunk: its number, the shape of a token's state, a CRC-32 for each row
+        about.json   what the fingerprint is made of, for people
+
+    A chunk is listed only after its states are on the disk, and a row is believed only if its CRC-32 agrees. So a
+    killed process, a power loss or a truncated file costs a chunk that is computed again, never a wrong bit. Two runs
+    that fill one cache write the same bytes to the same places; each appends whole lines, and a torn line is no JSON.
+
     Plain reads and writes, no mapping: a mapped file could not be deleted on Windows.
     """
 
-    def __init__(self, folder: Path, key: str, rows: Rows, chunks: list[list[int]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, about: dict[str, object], rows: Rows, chunks: list[list[int]], limit: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        key = fingerprint({**about, "chunks": chunks})
         self.folder = folder / key[:32]
-        self.path = self.folder / "states.bin"
-        self.rows, self.chunks, self.dtype = rows, chunks, dtype
+        self.path, self.listing = self.folder / "states.bin", self.folder / "done.jsonl"
+        self.about = {"fingerprint": key, **about}
+        self.rows, self.chunks, self.dtype = rows, chunks[:limit], dtype
         self.token_shape: tuple[int, ...] | None = None
-        self.starts: dict[int, int] = {}
+        self.starts: dict[int, int] = {}  # row -> tokens before it in states.bin
         at = 0
-        for chunk in chunks:
+        for chunk in self.chunks:
             for row in chunk:
                 self.starts[row] = at
                 at += rows.length(row)
-        self.tokens = at
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.done: set[int] = set()
-        listing = self.folder / "done.txt"
-        shape = self.folder / "shape.txt"
-        if listing.is_file() and shape.is_file() and self.path.is_file():
-            self.token_shape = tuple(int(n) for n in shape.read_text(encoding="utf-8").split())
-            lines = listing.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no newline
-            self.done = {int(line) for line in lines if line.isdigit() and int(line) < len(chunks)}
-        elif not (self.folder / "about.json").is_file():
-            write_json(self.folder / "about.json", {"fingerprint": key, "dtype": str(dtype), "rows": len(self.starts)})
+        self.done: dict[int, list[int]] = {}  # chunk -> CRC-32 of its rows
+        if self.listing.is_file() and self.path.is_file():
+            self._read_listing(self.path.stat().st_size)
+
+    def _read_listing(self, size_bytes: int) -> None:
+        """Believe the lines that are whole and whose chunks lie within the file."""
+        for line in self.listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                c, shape, sums = entry["chunk"], tuple(entry["shape"]), entry["crc32"]
+            except (ValueError, TypeError, KeyError):
+                continue  # torn by a killed process, or by two that wrote at once
+            if c >= len(self.chunks) or len(sums) != len(self.chunks[c]):
+                continue
+            self.token_shape = shape
+            if self._place(self.chunks[c][-1])[1] <= size_bytes:
+                self.done[c] = sums
 
     def has(self, chunk: int) -> bool:
         return chunk in self.done
@@ -195,42 +246,73 @@ class _CacheFile:
     def missing(self) -> list[int]:
         return [c for c in range(len(self.chunks)) if c not in self.done]
 
-    def _token_bytes(self) -> int:
+    def _place(self, row: int) -> tuple[int, int]:
+        """Where a row begins and ends in states.bin, in bytes."""
         assert self.token_shape is not None
-        return torch.Size(self.token_shape).numel() * self.dtype.itemsize
+        token_bytes = torch.Size(self.token_shape).numel() * self.dtype.itemsize
+        begin = self.starts[row] * token_bytes
+        return begin, begin + self.rows.length(row) * token_bytes
+
+    def require_room(self, chunks: Sequence[int]) -> None:
+        """Raises _NotWritten where the disk has no room for these chunks; passes while their size is not known yet."""
+        if self.token_shape is None or not self.folder.is_dir():
+            return
+        needed = sum(end - begin for c in chunks for begin, end in map(self._place, self.chunks[c]))
+        free = shutil.disk_usage(self.folder).free
+        if needed > free * (1 - SPARE_DISK):
+            raise _NotWritten(f"the disk is full ({free / 1e9:.2f} GB free)")
 
     def write(self, states: dict[int, dict[int, Tensor]]) -> None:
-        """Place the rows of whole chunks; raises _DiskFull before the disk is."""
-        if self.token_shape is None:
-            some = next(iter(next(iter(states.values())).values()))
-            self.token_shape = tuple(some.shape[1:])
-            (self.folder / "shape.txt").write_text(" ".join(map(str, self.token_shape)), encoding="utf-8")
-        needed = sum(len(s) for rows in states.values() for s in rows.values()) * self._token_bytes()
-        if needed > shutil.disk_usage(self.folder).free * (1 - SPARE_DISK):
-            raise _DiskFull(len(self.done))
-        with open(self.path, "r+b" if self.path.is_file() else "w+b") as file:
-            for rows in states.values():
-                for row, state in rows.items():
-                    file.seek(self.starts[row] * self._token_bytes())
-                    file.write(tensor_bytes(state))
-            flush(file)
-        with open(self.folder / "done.txt", "a", encoding="utf-8", newline="\n") as listing:
-            listing.write("".join(f"{c}\n" for c in states))
-            flush(listing)
-        flush_folder(self.folder)
-        self.done |= set(states)
+        """Place the rows of whole chunks, then list them. Raises _NotWritten; chunks listed before stay good."""
+        some = next(iter(next(iter(states.values())).values()))
+        self.token_shape = tuple(some.shape[1:])
+        try:
+            self._prepare_folder()
+            self.require_room(list(states))
+            with open(self.path, "r+b") as file:
+                sums = {c: [self._write_row(file, row, state) for row, state in rows.items()]
+                        for c, rows in states.items()}  # fmt: skip
+                flush(file)
+            self._list(sums)
+            flush_folder(self.folder)
+        except OSError as error:
+            raise _NotWritten(f"could not be written ({error.strerror or error})") from None
+        self.done.update(sums)
 
-    def read(self, row: int) -> Tensor:
+    def _prepare_folder(self) -> None:
+        if self.path.is_file():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "about.json").write_text(json.dumps(self.about, indent=2, default=str) + "\n", encoding="utf-8")
+        open(self.path, "ab").close()  # never "wb": another run may have begun to fill it
+
+    def _write_row(self, file: IO[bytes], row: int, state: Tensor) -> int:
+        data = tensor_bytes(state)
+        file.seek(self._place(row)[0])
+        file.write(data)
+        return zlib.crc32(data)
+
+    def _list(self, sums: dict[int, list[int]]) -> None:
         assert self.token_shape is not None
-        count = self.rows.length(row) * self._token_bytes()
-        buffer = bytearray(count)
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[row] * self._token_bytes())
-            got = file.readinto(buffer)
-        if got != count:
-            raise UserError(
-                f"{self.path}: is shorter than it should be; delete the folder {self.folder}, and it is made anew"
-            )
+        lines = [json.dumps({"chunk": c, "shape": self.token_shape, "crc32": s}) for c, s in sums.items()]
+        with open(self.listing, "ab") as file:
+            file.write("\n".join(["", *lines, ""]).encode("ascii"))  # a torn line before never joins the first of these
+            flush(file)
+
+    def read(self, chunk: int, row: int) -> Tensor | None:
+        """[length, ...], or None where the file no longer holds what was written; the chunk is then missing."""
+        assert self.token_shape is not None
+        begin, end = self._place(row)
+        buffer = bytearray(end - begin)
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(begin)
+                got = file.readinto(buffer)
+        except OSError:
+            got = 0
+        if got != len(buffer) or zlib.crc32(buffer) != self.done[chunk][self.chunks[chunk].index(row)]:
+            del self.done[chunk]
+            return None
         return torch.frombuffer(buffer, dtype=self.dtype).view(self.rows.length(row), *self.token_shape)
 
 
@@ -244,9 +326,3 @@ def cache_dtype(name: str, stored: torch.dtype) -> torch.dtype:
     if name != "auto":
         return CACHE_DTYPES[name]
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
-def forget(folder: Path) -> None:
-    """Delete caches. They can always be made anew."""
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        shutil.rmtree(folder)

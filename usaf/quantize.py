@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from usaf.console import LateBar, Parser, run_command, say
 from usaf.errors import UserError
-from usaf.evaluate import Parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m usaf.quantize", description="Write a model's experts in 4 bits.", allow_abbrev=False
-    )
+    parser = Parser("python -m usaf.quantize", "Write a model's experts in 4 bits.")
     parser.add_argument("model", help="Hugging Face id or local folder of an MoE checkpoint")
     parser.add_argument(
         "--output", type=Path, help="the file to write (default: experts_q4.safetensors beside the model)"
@@ -29,44 +28,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from usaf.console import run_command
-
-    return run_command(lambda: quantize_command(arguments))
+    return run_command(lambda: quantize_command(parse(sys.argv[1:] if argv is None else argv)))
 
 
 def quantize_command(arguments: argparse.Namespace) -> int:
-    import time
-
     from usaf.checkpoint import Checkpoint, resolve_model
-    from usaf.console import LateBar, say
-    from usaf.expert_store import convert, find_path
-    from usaf.files import write_json
+    from usaf.expert_store import convert, find_path, shapes_of
+    from usaf.files import require_writable, write_json
     from usaf.memory import PeakMemory
 
+    if arguments.json is not None:
+        require_writable(arguments.json, "--json")
     memory = PeakMemory()
     began = time.perf_counter()
     checkpoint = Checkpoint(resolve_model(arguments.model))
-    path, there = find_path(checkpoint, None if arguments.output is None else str(arguments.output))
-    if there or path.suffix == ".pt":
-        raise UserError(f"{path}: is there already (or is of the legacy format); delete it, or give another --output")
-    convert(checkpoint, path, arguments.group_size, arguments.bits, LateBar("quantise", "expert"))
+    path, there = find_path(checkpoint, None if arguments.output is None else str(arguments.output), "--output")
+    if there:
+        raise UserError(f"{path}: is there already; delete it, or give another --output")
+    convert(checkpoint, path, arguments.group_size, arguments.bits, LateBar("quantise", "expert"), "--output")
     memory.stop()
-    weights = sum(
-        checkpoint.model.get_parameter(t).numel() for pair in checkpoint.expert_parameters().values() for t in pair
-    )
+    weights = sum(experts * rows * columns for experts, rows, columns in shapes_of(checkpoint).values())
     size = path.stat().st_size
     say(f"{path}: {weights:,} expert weights in {size / 1e9:.3f} GB, {8 * size / weights:.2f} bits a weight")
     if arguments.json is not None:
         write_json(arguments.json, {
             "path": str(path), "file_bytes": size, "expert_parameters": weights, "bits_per_weight": 8 * size / weights,
-            "group_size": arguments.group_size, "seconds": time.perf_counter() - began,
-            "peak_memory_bytes": memory.private,
+            "bits_per_code": arguments.bits, "group_size_weights": arguments.group_size,
+            "seconds_total": time.perf_counter() - began, "peak_memory_bytes": memory.private,
+            "peak_resident_bytes": memory.resident,
         })  # fmt: skip
+    checkpoint.close()
     return 0
 
 

@@ -2,13 +2,14 @@
 
     runs/<tag>/settings.json  metrics.jsonl  summary.json  delta.safetensors  checkpoints/step-000060/
 
-A checkpoint is written into a temporary folder, flushed, and renamed; the oldest go only after the new one is whole. A
-process killed at any moment therefore resumes from the newest complete one.
+A checkpoint is written into a temporary folder, flushed, and renamed; the oldest go, by a rename first, only after the
+new one is whole. A process killed at any moment therefore resumes from the newest complete one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -45,11 +46,12 @@ class RunFolder:
             self.lock = FolderLock(folder)
             self.checkpoints = folder / "checkpoints"
             self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.checkpoints.glob(".partial-*"):  # of a killed process
+                shutil.rmtree(leftover)
         except OSError as error:
-            raise UserError(f"OUTPUT_DIR: {folder} cannot be made ({error.strerror}); choose a folder that can be written"
-                            ) from error  # fmt: skip
-        for leftover in self.checkpoints.glob(".partial-*"):
-            shutil.rmtree(leftover)
+            raise UserError(
+                f"OUTPUT_DIR: {folder} cannot be made or written ({error.strerror}); choose a folder that can be"
+            ) from error
         self.metrics_path = folder / "metrics.jsonl"
 
     @property
@@ -60,14 +62,16 @@ class RunFolder:
         write_json(self.folder / "settings.json", {"settings": settings.to_json(), **about})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", json_numbers(summary))
 
     def log(self, event: str, **values: Any) -> None:
         """One line of metrics.jsonl. Numbers that JSON cannot hold (nan, inf) are written as null."""
-        finite = {k: None if isinstance(v, float) and v - v != 0 else v for k, v in values.items()}
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **finite}, ensure_ascii=False)
-        with open(self.metrics_path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(line + "\n")
+        data = {"event": event, "time": round(time.time(), 3), **json_numbers(values)}
+        try:
+            with open(self.metrics_path, "a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(data, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise could_not_be_saved(self.metrics_path, error) from error
 
     def metrics_bytes(self) -> int:
         return self.metrics_path.stat().st_size if self.metrics_path.is_file() else 0
@@ -79,35 +83,72 @@ class RunFolder:
                 file.truncate(size)
 
     def save(self, step: int, state: SavedState, keep: int) -> Path:
-        """Write `checkpoints/step-<step>`, then remove all but the newest `keep`."""
+        """Write `checkpoints/step-<step>`, then remove all but the newest `keep`.
+
+        A step that is there already is left as it is: the same run saves it again when it ends or is interrupted right
+        after a save, and nothing but times would differ.
+
+        Raises:
+            UserError: it could not be written; the earlier checkpoints are whole.
+        """
         final = self.checkpoints / f"step-{step:06d}"
         partial = self.checkpoints / f".partial-{step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir()
-            with open(partial / "state.safetensors", "wb") as file:
-                writer = TensorFileWriter(file, {n: (t.dtype, tuple(t.shape)) for n, t in state.tensors.items()}, {})
-                for name, tensor in state.tensors.items():
-                    writer.write(name, 0, tensor)
-                flush(file)
-            with open(partial / "state.json", "w", encoding="utf-8") as text:
-                json.dump(state.about, text)
-                flush(text)
-            flush_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)  # the same step of the same run, saved again after a resume
-            os.replace(partial, final)
+            if not final.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                self._write_state(partial, state)
+                self._flush_metrics()
+                os.replace(partial, final)
+                flush_folder(self.checkpoints)
+            for old in list_checkpoints(self.folder)[:-keep]:
+                self._remove(old)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{final}: could not be saved ({error.strerror or error}); earlier checkpoints are whole: free "
-                            "some space and go on with RESUME=auto") from error  # fmt: skip
-        flush_folder(self.checkpoints)
-        for old in list_checkpoints(self.folder)[:-keep]:
-            shutil.rmtree(old)
+            raise could_not_be_saved(final, error) from error
         return final
+
+    def _write_state(self, folder: Path, state: SavedState) -> None:
+        with open(folder / "state.safetensors", "wb") as file:
+            writer = TensorFileWriter(file, {n: (t.dtype, tuple(t.shape)) for n, t in state.tensors.items()}, {})
+            for name, tensor in state.tensors.items():
+                writer.write(name, 0, tensor)
+            flush(file)
+        with open(folder / "state.json", "w", encoding="utf-8") as text:
+            json.dump(state.about, text)
+            flush(text)
+        flush_folder(folder)
+
+    def _flush_metrics(self) -> None:
+        """A checkpoint counts the lines before it, so they must outlive a power loss as it does."""
+        if self.metrics_path.is_file():
+            with open(self.metrics_path, "ab") as file:
+                flush(file)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Out of sight at once, then file by file: a process killed meanwhile leaves no damaged checkpoint."""
+        doomed = checkpoint.with_name(f".partial-{checkpoint.name}")
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
 
     def close(self) -> None:
         self.lock.release()
+
+
+def could_not_be_saved(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: could not be saved ({error.strerror or error}); earlier checkpoints are whole: free some space and "
+        "go on with RESUME=auto"
+    )
+
+
+def json_numbers(value: Any) -> Any:
+    """`value` with None for every number that JSON does not have (nan, inf), however deep it lies."""
+    if isinstance(value, dict):
+        return {key: json_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -117,14 +158,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> SavedState:
-    """Raises UserError where a file of it is damaged (by something other than this program: ours are whole or absent)."""
+    """Raises UserError where a file of it is damaged (not by this program: its checkpoints are whole or absent)."""
     try:
         about = json.loads((path / "state.json").read_text(encoding="utf-8"))
         with safe_open(path / "state.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())}); delete it, and RESUME takes the one before"
-                        ) from None  # fmt: skip
+        raise UserError(
+            f"{path}: is damaged ({' '.join(str(error).split())}); delete this folder, and RESUME goes on from the "
+            "checkpoint before it, or begins anew where there is none"
+        ) from None
     return SavedState(tensors, about)
 
 
@@ -132,28 +175,29 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """settings.json of a run."""
     path = folder / "settings.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: no such file; {folder} is not the folder of a run") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
     except ValueError:
         raise UserError(f"{path}: is not JSON; the file was changed after the run, restore it") from None
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise UserError(f"{path}: has no settings in it; the file was changed after the run, restore it")
+    return found
 
 
 def find_resumable(output_dir: Path, run_tag: str | None) -> Path | None:
-    """The folder that RESUME=auto goes on with: that of RUN_TAG, or the newest run without a summary. None: start anew."""
+    """The folder RESUME=auto goes on with: that of RUN_TAG, or the newest run without a summary. None: start anew."""
     if run_tag is not None:
         folder = output_dir / run_tag
         return folder if (folder / "settings.json").is_file() else None
     if not output_dir.is_dir():
         return None
-    unfinished = [
-        p.parent for p in output_dir.glob("*/settings.json") if not (p.parent / "summary.json").is_file()
-    ]  # fmt: skip
+    unfinished = [p.parent for p in output_dir.glob("*/settings.json") if not (p.parent / "summary.json").is_file()]
     return max(unfinished, key=lambda p: (p / "settings.json").stat().st_mtime, default=None)
 
 
 def random_states() -> dict[str, Tensor]:
-    """Everything random. Data order and selection draw from seeded generators of their own; this is torch's global one."""
+    """Everything random: torch's global generator. Data order and selection have seeded generators of their own."""
     return {"random.torch": torch.get_rng_state()}
 
 

@@ -30,7 +30,7 @@ def top_k_indices(scores: Tensor, k: int) -> Tensor:
     assert not torch.isnan(scores).any(), "a NaN has no rank"
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k, sorted=False).values.amin()
+    threshold = torch.topk(scores, k, sorted=False).values.min()
     chosen = scores > threshold
     level = (scores == threshold).nonzero().flatten()
     chosen[level[: k - int(chosen.sum())]] = True
@@ -64,7 +64,7 @@ class RunningTopK:
         assert scores.dtype == torch.float32, scores.dtype
         if self._k == 0 or len(scores) == 0:
             return
-        assert bool(scores.amin() >= 0), "scores must be >= 0 and not NaN"
+        assert bool(scores.min() >= 0), "scores must be >= 0 and not NaN"
         candidates = scores >= self._threshold
         if exclude is not None:
             # Counting, not searching: DirectML has no searchsorted.
@@ -102,7 +102,7 @@ class RunningTopK:
             best = top_k_indices(scores, self._k)
             indices, scores = indices[best], scores[best]
         if len(indices) == self._k:
-            self._threshold = float(scores.amin())
+            self._threshold = float(scores.min())
         self._held, self._held_count = [(indices, scores)], len(indices)
 
 

@@ -1,8 +1,8 @@
 """Everything a command needs before it works: device, checkpoint, data, 4-bit experts, model, boundary states.
 
-`prepare` checks all that can be checked cheaply (settings, headers, data) before anything is written; `load` then makes
-or maps the 4-bit file and builds the model. Training and evaluation both come this way, with the same decisions, so they
-compute the same bits.
+`prepare` checks all that can be checked cheaply (settings, headers, data) before anything is written; `load` then
+makes or maps the 4-bit file and builds the model. Training and evaluation both come this way, with the same decisions,
+so they compute the same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 import transformers
@@ -29,7 +31,7 @@ from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError
 from usaf.evaluation import Evaluation, evaluate
-from usaf.expert_store import open_or_make
+from usaf.expert_store import check_store, find_path, open_or_make, read_store
 from usaf.experts import ExpertBank
 from usaf.files import fingerprint
 from usaf.memory import available_bytes
@@ -37,11 +39,13 @@ from usaf.model import SparseModel, build_model
 from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
-from usaf.settings import ResolvedSettings
+from usaf.settings import ResolvedSettings, Settings
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
+# Parts of transformers' names for layers that carry a state along the sequence, across packed documents.
+RECURRENT_LAYERS = ("linear", "conv", "mamba", "recurrent", "hybrid")
 
 
 @dataclass
@@ -55,6 +59,10 @@ class Session:
     decisions: dict[str, Any]
     order: DataOrder | None = None
     model: SparseModel = field(init=False)
+    loaded: bool = False  # whether `model` is there
+
+    def __post_init__(self) -> None:
+        self.stored_dtype = stored_dtype(self.checkpoint)
 
     @property
     def start(self) -> int:
@@ -63,8 +71,7 @@ class Session:
 
     def chunk_rows(self, rows: Rows) -> int:
         """Sequences in one chunk of the prefix."""
-        longest = max(rows.length(r) for r in range(len(rows)))
-        return max(1, self.settings.values.prefix_chunk_tokens // longest)
+        return max(1, self.settings.values.prefix_chunk_tokens // longest_row(rows))
 
     def identity(self) -> dict[str, object]:
         """What determines the boundary states beside the sequences: model, versions, arithmetic."""
@@ -78,8 +85,8 @@ class Session:
 
     def boundary(self, rows: Rows, chunks: list[list[int]]) -> BoundaryStates:
         values = self.settings.values
-        folder = Path(values.prefix_cache_dir or Path(values.output_dir) / "cache") if values.use_frozen_cache else None
-        dtype = cache_dtype(values.cache_dtype, stored_dtype(self.checkpoint))
+        folder = cache_folder(values) if values.use_frozen_cache else None
+        dtype = cache_dtype(values.cache_dtype, self.stored_dtype)
         return BoundaryStates(
             self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n
         )  # fmt: skip
@@ -93,9 +100,25 @@ class Session:
             for name, rows in self.evaluation_sets().items()
         }
 
+    @cached_property
     def data_fingerprint(self) -> str:
+        """Of every sequence that is trained on or evaluated."""
         sets = {name: rows.fingerprint() for name, rows in self.evaluation_sets().items()}
         return fingerprint({**sets, "train": self.data.train.fingerprint()})
+
+
+def output_folder(values: Settings) -> Path:
+    return Path(values.output_dir).expanduser()
+
+
+def cache_folder(values: Settings) -> Path:
+    if values.prefix_cache_dir is not None:
+        return Path(values.prefix_cache_dir).expanduser()
+    return output_folder(values) / "cache"
+
+
+def longest_row(rows: Rows) -> int:
+    return int(np.diff(rows.offsets).max())
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -121,21 +144,43 @@ def prepare(settings: ResolvedSettings, decisions: dict[str, Any] | None = None,
     """
     values = settings.values
     backend = choose_backend(values.use_cuda, values.use_amp)
-    threads = (decisions or {}).get("threads") or values.cpu_threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    attention = values.attention if values.attention != "auto" else backend.attention
+    chosen = decide(values, backend, decisions or {})
+    torch.set_num_threads(chosen["threads"])
+    attention = chosen["attention"]
     checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
     settings = resolve_train_from(settings, checkpoint)
+    check_quantised(checkpoint, values)
     data = read_data(settings, checkpoint, train)
     if train:
         settings = resolve_steps(settings, data.train)
-    chosen = {"threads": threads, "attention": attention, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-              "resident": None, **(decisions or {})}  # fmt: skip
     session = Session(settings, backend, checkpoint, data, chosen)
     if train:
         rows = session.data.train
         session.order = DataOrder(len(rows), session.chunk_rows(rows), values.microbatch, values.seed)
     return session
+
+
+def decide(values: Settings, backend: Backend, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Every choice that the machine makes and that decides bits; an earlier process's choices stand."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    chosen = {
+        "threads": values.cpu_threads or torch.get_num_threads(),
+        "attention": values.attention if values.attention != "auto" else backend.attention,
+        "resident": None,
+        **earlier,
+        "cpu_capability": capability,  # the one fact of the machine that cannot be taken over
+    }
+    if earlier and earlier["cpu_capability"] != capability:
+        say(f"warning: this began on a processor with {earlier['cpu_capability']}, and this one has {capability}: "
+            "results may differ in their last bits")  # fmt: skip
+    return chosen
+
+
+def check_quantised(checkpoint: Checkpoint, values: Settings) -> None:
+    """Refuse a 4-bit file of another model, or of other settings, before anything is written."""
+    path, there = find_path(checkpoint, values.quant_path)
+    if there:
+        check_store(read_store(path), checkpoint, values.group_size, values.quant_bits)
 
 
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
@@ -148,8 +193,8 @@ def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> Re
         raise UserError(f"TRAIN_FROM={start}: the model has {layers} layers, counted from 0; choose 0 to {layers - 1}")
     moe_layers = {int(part) for name in checkpoint.expert_parameters() for part in name.split(".") if part.isdigit()}
     if not any(layer >= start for layer in moe_layers):
-        raise UserError(f"TRAIN_FROM={start}: no MoE layer at or above it (they are {min(moe_layers)} to {max(moe_layers)}); "
-                        f"choose at most {max(moe_layers)}")  # fmt: skip
+        raise UserError(f"TRAIN_FROM={start}: no MoE layer at or above it (they are {min(moe_layers)} to "
+                        f"{max(moe_layers)}); choose at most {max(moe_layers)}")  # fmt: skip
     return settings
 
 
@@ -186,12 +231,25 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
     )
     if not apart:
         data.notes.append("one document a row: layers of this family see across packed documents")
-    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(data.train.length(r) for r in range(len(data.train)))
-    if limit is not None and longest > limit:
-        raise UserError(f"SEQ_LEN={values.seq_len}: sequences reach {longest} tokens, the model's context is {limit}; lower "
-                        "SEQ_LEN or shorten the samples")  # fmt: skip
+    check_context(data, checkpoint, values.seq_len)
     return data
+
+
+def check_context(data: TrainingData, checkpoint: Checkpoint, seq_len: int) -> None:
+    """Refuse sequences beyond the model's context."""
+    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    for name, rows in {"train": data.train, "in_domain": data.in_domain, **data.heldout}.items():
+        if limit is not None and longest_row(rows) > limit:
+            raise UserError(f"SEQ_LEN={seq_len}: the sequences of {name} reach {longest_row(rows)} tokens, and the "
+                            f"model's context is {limit}; lower SEQ_LEN, or shorten the samples")  # fmt: skip
+
+
+def carries_state(checkpoint: Checkpoint) -> bool:
+    """Whether some layer hands a state along the sequence, which restarting positions do not reset."""
+    config = checkpoint.config.get_text_config()
+    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    named = any(mark in kind for kind in layers for mark in RECURRENT_LAYERS)
+    return named or bool(getattr(checkpoint.model, "_is_stateful", False))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -201,8 +259,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}); restore the tokenizer's files, or "
-                        "give data of token ids") from None  # fmt: skip
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}); restore the tokenizer's files, or give "
+            "data of token ids"
+        ) from None
 
 
 def load(session: Session, done: PhaseDone | None = None) -> None:
@@ -212,6 +272,8 @@ def load(session: Session, done: PhaseDone | None = None) -> None:
     bar = LateBar("quantise", "expert", done)
     store = open_or_make(session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar)
     session.model = build_model(session.checkpoint, store, session.backend)
+    session.loaded = True
+    session.checkpoint.close()
     for layer in range(session.start, session.model.num_layers):
         if session.backend.device.type != "cpu":
             session.model.place(layer, session.backend.device)
@@ -226,7 +288,7 @@ def choose_resident(session: Session) -> None:
     banks = [bank for moe in session.model.moe_from(session.start) for bank in moe.banks]
     chosen = session.decisions["resident"]
     setting = session.settings.values.use_resident
-    if chosen is None:
+    if chosen is None or setting != "auto":  # it decides no bit, so a setting given on resume counts
         chosen, reason = decide_resident(banks, setting)
         session.decisions["resident"], session.decisions["resident_reason"] = chosen, reason
         say(f"resident experts: {'yes' if chosen else 'no'} ({reason})")
@@ -236,7 +298,7 @@ def choose_resident(session: Session) -> None:
 
 
 def decide_resident(banks: list[ExpertBank], setting: str) -> tuple[bool, str]:
-    """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at the free memory."""
+    """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at free memory."""
     if setting in ("0", "1"):
         return setting == "1", f"USE_RESIDENT={setting}"
     needed, free = sum(2 * bank.numel for bank in banks), available_bytes()
@@ -270,7 +332,8 @@ def apply_delta(session: Session, delta: Delta, path: Path) -> None:
     """Put a trained result onto its base; refuses one of another base."""
     if delta.base_fingerprint != session.model.base_fingerprint:
         raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "
-                        f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained on")  # fmt: skip
+                        f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained "
+                        "on")  # fmt: skip
     banks = {name: bank for moe in session.model.moe for name, bank in zip(moe.names, moe.banks, strict=True)}
     routers = {moe.router_name: moe.router_weight for moe in session.model.moe}
     for name, (indices, values) in delta.experts.items():

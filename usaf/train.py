@@ -1,7 +1,7 @@
-"""The main job: `python train.py`, or `python -m usaf.train` with flags. Load, prefix, importance, train, evaluate, save.
+"""The main job, `python train.py`, or `python -m usaf.train` with flags: load, prefix, importance, train, save.
 
-Settings come from the environment and from flags (`settings`); `--help` lists them. Heavy imports wait until the settings
-are known to be right.
+Settings come from the environment and from flags (`settings`); `--help` lists them. Heavy imports wait until the
+settings are known to be right. With RESUME a run goes on in its own folder, by its own settings (`choose_folder`).
 """
 
 from __future__ import annotations
@@ -52,20 +52,24 @@ def choose_folder(settings: ResolvedSettings) -> tuple[Path | None, ResolvedSett
     if values.resume is None:
         return None, settings
     if values.resume == "auto":
-        folder = find_resumable(Path(values.output_dir), values.run_tag)
+        folder = find_resumable(Path(values.output_dir).expanduser(), values.run_tag)
         if folder is None:
             return None, settings
     else:
         folder = Path(values.resume).expanduser()
         if not (folder / "settings.json").is_file():
-            raise UserError(f"RESUME={values.resume}: is not the folder of a run (it has no settings.json); give one such as "
-                            "runs/<tag>, or RESUME=auto")  # fmt: skip
+            raise UserError(
+                f"RESUME={values.resume}: is not the folder of a run (it has no settings.json); give one such as "
+                "runs/<tag>, or RESUME=auto"
+            )
     old = ResolvedSettings.from_json(read_settings(folder)["settings"])
     merged = merge_settings(old, settings)
     changed = changed_settings(old, merged)
     if changed:
-        raise UserError(f"RESUME={folder}: {'; '.join(changed)}; a resumed run keeps what shapes its result: leave it out, or "
-                        "start a new run")  # fmt: skip
+        raise UserError(
+            f"RESUME={folder}: {'; '.join(changed)}; a resumed run keeps what shapes its result: leave it out, or "
+            "start a new run"
+        )
     return folder, merged
 
 

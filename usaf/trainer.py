@@ -2,8 +2,8 @@
 
 One step: `accum` micro-batches enter the first trainable layer from the prefix cache, run through the trainable layers
 and the head, and back; the deltas and the router weights get their Adam update. Gradients are computed at the active
-indices alone. In the last `capture_steps` steps before a reselection the backwards also leave what their weight gradients
-need (`experts.PairGradients`), which ranks the candidates without a pass of its own.
+indices alone. In the last `capture_steps` steps before a reselection the backwards also leave what their weight
+gradients need (`experts.PairGradients`), which ranks the candidates without a pass of its own.
 
 A step whose loss or gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usaf.data import DataOrder, Rows
+from usaf.data import Batch, DataOrder, Rows
 from usaf.delta import Delta
 from usaf.errors import RunError
 from usaf.experts import ExpertBank, PairGradients
@@ -51,6 +51,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class ReselectResult:
+    """Counts over all banks. A weight dropped and grown again at once (from delta zero) counts in both."""
+
     step: int
     active: int
     dropped: int
@@ -65,7 +67,7 @@ class ReselectResult:
 class Captured:
     """One micro-batch's pairs in one bank, and by how much its step's gradient was scaled (clipping)."""
 
-    step: int
+    step: int  # finished steps when it ran
     scale: float
     pairs: PairGradients
 
@@ -85,9 +87,9 @@ class Trainer:
             n: b for moe in self.trained for n, b in zip(moe.names, moe.banks, strict=True)
         }
         self.routers = {moe.router_name: moe.router for moe in self.trained} if settings.router_lr > 0 else {}
-        for router in self.routers.values():
-            router.weight.requires_grad_(True)
-        self.adam: dict[str, Adam] = {name: Adam(router.weight) for name, router in self.routers.items()}
+        for moe in self.trained:
+            moe.router_weight.requires_grad_(moe.router_name in self.routers)
+        self.adam: dict[str, Adam] = {name: Adam(weight) for name, weight in self.router_weights.items()}
         self.captured: dict[str, list[Captured]] = {name: [] for name in self.banks}
 
     # -- the trained weights -------------------------------------------------------------------------------------------
@@ -98,25 +100,28 @@ class Trainer:
             bank.set_active(active[name], torch.zeros(len(active[name])))
             self.adam[name] = Adam(bank.delta)
 
+    @property
+    def router_weights(self) -> dict[str, Tensor]:
+        return {moe.router_name: moe.router_weight for moe in self.trained if moe.router_name in self.routers}
+
     def parameters(self) -> dict[str, Tensor]:
         """Read anew each time: a reselection replaces the deltas."""
-        deltas: dict[str, Tensor] = {name: bank.delta for name, bank in self.banks.items()}
-        return {**deltas, **{name: router.weight for name, router in self.routers.items()}}  # type: ignore[dict-item]
+        return {**{name: bank.delta for name, bank in self.banks.items()}, **self.router_weights}
 
     def active_parameters(self) -> int:
         return sum(bank.delta.numel() for bank in self.banks.values())
 
     def delta(self, about: dict[str, Any]) -> Delta:
         experts = {n: (b.active.cpu(), b.delta.detach().cpu()) for n, b in self.banks.items()}
-        routers = {n: r.weight.detach().cpu() for n, r in self.routers.items()}
-        return Delta(experts, routers, self.model.base_fingerprint, about)  # type: ignore[arg-type]
+        routers = {name: weight.detach().cpu() for name, weight in self.router_weights.items()}
+        return Delta(experts, routers, self.model.base_fingerprint, about)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> StepResult:
         """One optimizer step on the next micro-batches."""
         began = time.perf_counter()
-        capturing = self.next_reselection() is not None and self._in_window()
+        capturing = self._in_window()
         micro_batches = [
             self.order.micro_batch(self.step * self.settings.accum + i) for i in range(self.settings.accum)
         ]
@@ -131,19 +136,19 @@ class Trainer:
         gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in parameters.items()}
         norm = float(gradient_norm(gradients.values()))
         loss *= scale
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        skipped = not (math.isfinite(loss) and math.isfinite(norm) and self._captured_are_finite())
         rate = self._learning_rate(self.settings.lr_peak)
         router_rate = self._learning_rate(self.settings.router_lr) if self.routers else 0.0
         if skipped:
-            self._skip(capturing)
+            self._skip()
         else:
-            self._update(parameters, gradients, norm, rate, router_rate, capturing)
+            self._update(gradients, norm, rate, router_rate)
         self.step += 1
         self._remember_loss(loss, skipped)
         tokens = sum(sum(batch.lengths) for batch in batches)
         return StepResult(self.step, loss, norm, rate, router_rate, tokens, time.perf_counter() - began, skipped)
 
-    def _micro_step(self, batch: Any, rows: list[int], scale: float, capturing: bool) -> float:
+    def _micro_step(self, batch: Batch, rows: list[int], scale: float, capturing: bool) -> float:
         """Forward and backward of one micro-batch; returns its summed loss."""
         for bank in self.banks.values():
             bank.captured = [] if capturing else None
@@ -156,35 +161,38 @@ class Trainer:
             bank.captured = None
         return loss
 
-    def _update(
-        self, parameters: dict[str, Tensor], gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float,
-        capturing: bool,
-    ) -> None:  # fmt: skip
+    def _update(self, gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float) -> None:
         """Clip all gradients together, then Adam."""
         clip = min(1.0, self.settings.grad_clip / (norm + 1e-6))
-        for name, parameter in parameters.items():
+        for name, parameter in self.parameters().items():
             gradient = gradients[name] * clip if clip < 1.0 else gradients[name]
             if name in self.routers:
                 self.adam[name].step(parameter, gradient, router_rate)
             else:
                 self.adam[name].step(parameter, gradient, rate, self.settings.weight_decay)
-        if capturing:
-            for entries in self.captured.values():
-                for entry in entries:
-                    entry.scale = clip if entry.step == self.step else entry.scale
+        for entry in self._captured_now():
+            entry.scale = clip
         self.skipped_in_a_row = 0
 
-    def _skip(self, capturing: bool) -> None:
+    def _captured_now(self) -> list[Captured]:
+        """What the step now running has captured, of all banks."""
+        return [entry for entries in self.captured.values() for entry in entries if entry.step == self.step]
+
+    def _captured_are_finite(self) -> bool:
+        """The norm sees active weights only; an expert without any may have met an overflow in 16 bits unseen."""
+        return all(bool(torch.isfinite(entry.pairs.grad_outputs).all()) for entry in self._captured_now())
+
+    def _skip(self) -> None:
         """Leave the weights alone; what the step captured is not finite either."""
-        if capturing:
-            for name, entries in self.captured.items():
-                self.captured[name] = [entry for entry in entries if entry.step != self.step]
+        for name, entries in self.captured.items():
+            self.captured[name] = [entry for entry in entries if entry.step != self.step]
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise RunError(
-                f"LR_PEAK={self.settings.lr_peak:g}: the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row "
-                f"(the last is step {self.step + 1}); lower LR_PEAK or ROUTER_LR, and go on from the last checkpoint or anew"
+                f"LR_PEAK={self.settings.lr_peak:g}: the loss or its gradient was not finite in {MAX_SKIPPED} steps in "
+                f"a row (the last is step {self.step + 1}); lower LR_PEAK or ROUTER_LR and start a new run, since a "
+                "resumed one keeps both"
             )
 
     def _learning_rate(self, peak: float) -> float:
@@ -200,38 +208,45 @@ class Trainer:
 
     # -- reselection ---------------------------------------------------------------------------------------------------
 
+    # Steps are numbered from 1; `step` is the number of the last finished one, so the one that runs is step + 1. With
+    # RESELECT_EVERY = 50 and CAPTURE_STEPS = 4, steps 47 to 50 capture, and the reselection follows step 50.
+
+    def _last_reselection(self) -> int:
+        """No reselection follows a later step: RESELECT_UNTIL as a step, and never the last of the run."""
+        until = math.floor(self.settings.reselect_until * self.steps + 1e-9)  # 0.29 * 100 is just below 29
+        return min(until, self.steps - 1)
+
     def next_reselection(self) -> int | None:
-        """The step after which the next reselection comes, at or after the one now running; None: no more."""
+        """The next step, after those finished, that a reselection follows; None: no more."""
         every = self.settings.reselect_every
         if every == 0 or self.settings.drop_fraction == 0:
             return None
         due = (self.step // every + 1) * every
-        return due if due < self._last_reselection() + 1 and due < self.steps else None
-
-    def _last_reselection(self) -> int:
-        return int(self.settings.reselect_until * self.steps)
-
-    def _window_steps(self) -> int:
-        return min(self.settings.capture_steps, self.settings.reselect_every)
+        return due if due <= self._last_reselection() else None
 
     def _in_window(self) -> bool:
-        """Whether the step now running is one of the last before a reselection."""
+        """Whether the step now running is one of the CAPTURE_STEPS that end with the next reselection's."""
         due = self.next_reselection()
-        return due is not None and due - self.step <= self._window_steps()
+        return due is not None and due - self.step <= self.settings.capture_steps
 
     def in_capture_window(self) -> bool:
         """Whether captured gradients wait for their reselection: no ordinary checkpoint falls here."""
         return any(self.captured.values())
 
     def reselect_if_due(self) -> ReselectResult | None:
-        """Right after the step that closes a capture window: drop, grow, and forget the captured pairs."""
+        """Right after the step that closes a capture window: drop, grow, and forget the captured pairs.
+
+        Where every step of the window was skipped there is nothing to choose by, and the active weights stay.
+        """
         every = self.settings.reselect_every
-        if every == 0 or self.step % every or not self.in_capture_window():
+        if every == 0 or self.step % every != 0 or not self.in_capture_window():
             return None
         fraction = drop_fraction_at(self.step, self._last_reselection() + 1, self.settings.drop_fraction)
-        dropped = sum(self._reselect_bank(name, bank, fraction) for name, bank in self.banks.items())
-        self.captured = {name: [] for name in self.banks}
-        return ReselectResult(self.step, self.active_parameters(), dropped, dropped)
+        exchanged = 0
+        for name, bank in self.banks.items():
+            exchanged += self._reselect_bank(name, bank, fraction)
+            self.captured[name] = []
+        return ReselectResult(self.step, self.active_parameters(), dropped=exchanged, grown=exchanged)
 
     @torch.no_grad()
     def _reselect_bank(self, name: str, bank: ExpertBank, fraction: float) -> int:
@@ -265,16 +280,19 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state(self) -> SavedState:
-        """Everything a resume needs, beside the settings and the data they name."""
+        """Everything a resume needs, beside the settings and the data they name.
+
+        The tensors are the trainer's own, not copies: write them before the next step.
+        """
         tensors: dict[str, Tensor] = random_states()
         about: dict[str, Any] = {
-            "step": self.step, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "losses": self.losses,
-            "adam": {}, "captured": {},
+            "step": self.step, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+            "losses": self.losses, "adam": {}, "captured": {},
         }  # fmt: skip
         for name, bank in self.banks.items():
             tensors[f"active/{name}"], tensors[f"delta/{name}"] = bank.active, bank.delta.detach()
-        for name, router in self.routers.items():
-            tensors[f"router/{name}"] = router.weight.detach()  # type: ignore[union-attr]
+        for name, weight in self.router_weights.items():
+            tensors[f"router/{name}"] = weight.detach()
         for name, adam in self.adam.items():
             state = adam.state_dict()
             tensors.update({f"adam/{name}/{k}": v for k, v in state.items() if isinstance(v, Tensor)})
@@ -294,8 +312,8 @@ class Trainer:
         for name, bank in self.banks.items():
             bank.set_active(tensors[f"active/{name}"], tensors[f"delta/{name}"])
             self.adam[name] = Adam(bank.delta)
-        for name, router in self.routers.items():
-            router.weight.data.copy_(tensors[f"router/{name}"])  # type: ignore[union-attr,operator]
+        for name, weight in self.router_weights.items():
+            weight.data.copy_(tensors[f"router/{name}"])
         for name, adam in self.adam.items():
             moments = {k: tensors[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "generation")}
             adam.load_state_dict({**about["adam"][name], **moments})

@@ -25,7 +25,7 @@ def sampled_gradient(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns:
         row_starts: int64 [out + 1], the CSR form of `rows`.
 
     Returns:
-        [n], dtype of `inputs`.
+        [n], dtype of `inputs`, but fp32 for 16-bit inputs: their products are exact in it.
     """
     if inputs.device.type == "cpu" and inputs.dtype in (torch.float32, torch.float64):
         return sampled_gradient_csr(grad_output, inputs, columns, row_starts)
@@ -35,7 +35,8 @@ def sampled_gradient(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns:
 def sampled_gradient_reference(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Two gathers and a reduction, in blocks of bounded size; runs on every device (DirectML has no sparse tensors)."""
     block = max(1, GATHER_BLOCK_ELEMENTS // max(1, inputs.shape[0]))
-    outputs, features = grad_output.t(), inputs.t()
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    outputs, features = grad_output.t().to(wide), inputs.t().to(wide)
     parts = [
         (outputs.index_select(0, r) * features.index_select(0, c)).sum(1)
         for r, c in zip(rows.split(block), columns.split(block), strict=True)

@@ -1,0 +1,126 @@
+"""The trained result as a file: every bit comes back, and nothing that is not whole is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from usaf.delta import Delta, experts_moved, load_delta, save_delta
+from usaf.errors import UserError
+
+UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
+OTHER = "model.layers.2.mlp.experts.gate_up_proj"
+
+
+def example(last: int = 79) -> Delta:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.tensor([0, 3, 17, 40, last])
+    values = torch.randn(5, generator=generator)
+    values[1] = 0.0
+    return Delta(
+        {UP: (indices, values), DOWN: (torch.tensor([7]), torch.tensor([float.fromhex("0x1.fffffep-127")])),
+         OTHER: (torch.zeros(0, dtype=torch.int64), torch.zeros(0))},
+        {"model.layers.1.mlp.gate.weight": torch.randn(4, 6, generator=generator)},
+        "f" * 64,
+        {"step": 12, "decisions": {"threads": 2, "resident": None}, "name": "Gruß"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [79, 2**31 - 1, 2**31, 7_500_000_000])
+def test_round_trip_to_the_bit(tmp_path: Path, last: int) -> None:
+    delta, path = example(last), tmp_path / "delta.safetensors"
+    assert save_delta(path, delta) == path.stat().st_size
+    found = load_delta(path)
+    assert found.experts.keys() == delta.experts.keys()
+    for name, (indices, values) in delta.experts.items():
+        assert found.experts[name][0].dtype == torch.int64
+        assert torch.equal(found.experts[name][0], indices)
+        assert torch.equal(found.experts[name][1].view(torch.int32), values.view(torch.int32))
+    assert found.routers.keys() == delta.routers.keys()
+    assert all(torch.equal(found.routers[name], weight) for name, weight in delta.routers.items())
+    assert (found.base_fingerprint, found.about) == (delta.base_fingerprint, delta.about)
+    stored = load_file(path)[f"{UP}.indices"]
+    assert stored.dtype == (torch.int32 if last < 2**31 else torch.int64)
+
+
+def test_a_loaded_delta_does_not_hold_the_file(tmp_path: Path) -> None:
+    """Windows could not replace a file that is still mapped; elsewhere its values would change under our hands."""
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, example())
+    found = load_delta(path)
+    kept = found.experts[UP][1].clone()
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(found.experts[UP][1], kept)
+
+
+def test_experts_moved() -> None:
+    """Up has 20 weights an expert, down 10: up moves experts 0 (17), 2 (40) and 3 (79), not by its zero; down 0 (7)."""
+    delta = example()
+    indices, values = delta.experts[UP]
+    delta.experts[UP] = (indices, values.where(indices != 0, torch.zeros(())))
+    delta.experts[DOWN] = (torch.tensor([7, 10]), torch.tensor([1.0, 1.0]))
+    moved = experts_moved(delta, {UP: 20, DOWN: 10, OTHER: 20})
+    assert moved == {UP.rpartition(".")[0]: 4, OTHER.rpartition(".")[0]: 0}
+
+
+def test_experts_moved_agrees_with_a_count_from_the_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {UP: 35, DOWN: 21}
+    experts = {}
+    for name, size in sizes.items():
+        indices = torch.randperm(16 * size, generator=generator)[:12].sort().values
+        experts[name] = (indices, torch.randn(12, generator=generator) * (torch.rand(12, generator=generator) > 0.4))
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, Delta(experts, {}, "", {}))
+    tensors = load_file(path)
+    dense = torch.zeros(16, 35 + 21)
+    for name, columns in ((UP, slice(0, 35)), (DOWN, slice(35, 56))):
+        weights = torch.zeros(16 * sizes[name])
+        weights[tensors[f"{name}.indices"].long()] = tensors[f"{name}.values"]
+        dense[:, columns] = weights.view(16, -1)
+    expected = sum(1 for row in dense.tolist() if any(row))
+    assert 0 < expected < 16
+    assert experts_moved(load_delta(path), sizes) == {UP.rpartition(".")[0]: expected}
+
+
+def test_what_is_not_a_whole_delta_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    with pytest.raises(UserError, match="no such file"):
+        load_delta(path)
+    with pytest.raises(UserError, match="no such file"):
+        load_delta(tmp_path)
+    save_delta(path, example())
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"delta\.safetensors: cannot be read as a whole"):
+            load_delta(path)
+    path.write_text(json.dumps({"delta": 1}), encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_delta(path)
+    for metadata in (None, {"format": "pt"}, {"format": "usaf-delta-99"}):
+        save_file({"weight": torch.zeros(2)}, path, metadata)
+        with pytest.raises(UserError, match="is not a delta of this program"):
+            load_delta(path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, example())
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_delta(path, example(60))
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["delta.safetensors"]

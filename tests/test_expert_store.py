@@ -1,0 +1,502 @@
+"""The 4-bit file: what is in it, that it is complete or absent, and one line for every file that does not serve."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, random_model, tiny_config, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from usaf import expert_store, files
+from usaf.checkpoint import SINGLE_NAME, Checkpoint
+from usaf.errors import UserError
+from usaf.expert_store import (
+    FILE_NAME,
+    LEGACY_NAME,
+    ExpertStore,
+    check_store,
+    convert,
+    find_path,
+    open_or_make,
+    read_store,
+    shapes_of,
+)
+from usaf.memory import PeakMemory, private_bytes
+from usaf.quantization import QuantizedTensor, dequantize, quantize, quantize_4bit, quantize_minmax
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    pass
+
+
+def forbidden(*_: Any) -> None:
+    pytest.fail("was quantised again")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A qwen3_moe checkpoint with its 4-bit file in groups of 32. Not to be written to."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2)
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, quiet)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy without the 4-bit file."""
+    return Path(shutil.copytree(original, tmp_path / "model", ignore=shutil.ignore_patterns(FILE_NAME)))
+
+
+@pytest.fixture
+def quantized(original: Path, tmp_path: Path) -> Path:
+    """A copy with the 4-bit file."""
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    return a[3:] == b[3:] and all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("group_size", "bits"), [(128, 4), (32, 4), (64, 8)])
+def test_holds_every_expert_as_quantised_from_transformers_weights(
+    tmp_path: Path, family: str, group_size: int, bits: int
+) -> None:
+    """Stored [E, out, in] for transposed families too. 48 is no multiple of 32: the last group is shorter."""
+    changes = {"first_k_dense_replace": 1} if family == "deepseek_v3" else {}
+    folder = write_checkpoint(tmp_path / "model", family, num_hidden_layers=2, **changes)
+    calls: list[tuple[int, int]] = []
+    checkpoint = Checkpoint(folder)
+    store = open_or_make(checkpoint, None, group_size, bits, lambda done, total, what: calls.append((done, total)))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    total = 0
+    for name, pair in checkpoint.expert_parameters().items():
+        for target in pair:
+            weight = reference.get_parameter(target).data
+            weight = weight.transpose(1, 2) if reference.get_submodule(name).is_transposed else weight
+            assert same(store[target], quantize(weight.contiguous(), group_size, bits)), target
+            total += len(weight)
+    assert set(store.entries) == set(shapes_of(checkpoint))
+    assert calls == [(done, total) for done in range(1, total + 1)]
+    assert {path.name for path in folder.glob("*experts*")} == {FILE_NAME}
+
+
+@pytest.mark.parametrize("width", [37, 24, 130])
+def test_odd_intermediate_sizes(tmp_path: Path, width: int) -> None:
+    folder = write_checkpoint(tmp_path / "model", num_hidden_layers=1, moe_intermediate_size=width, num_experts=4)
+    checkpoint = Checkpoint(folder)
+    store = open_or_make(checkpoint, None, 128, 4, quiet)
+    down = "model.layers.0.mlp.experts.down_proj"
+    assert store[down].shape == (4, 64, width)
+    assert store[down].packed.shape == (4, 64, (width + 1) // 2)
+    weight = torch.stack([checkpoint.read_expert(down, e, 4) for e in range(4)]).float()
+    step = weight.abs().max() * 2 / 15
+    assert (dequantize(store[down]) - weight).abs().max() < step
+
+
+def test_one_expert_is_quantised_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: set[tuple[int, ...]] = set()
+    made = quantize
+
+    def recording(weights: torch.Tensor, *rest: Any) -> QuantizedTensor:
+        shapes.add(tuple(weights.shape))
+        return made(weights, *rest)
+
+    monkeypatch.setattr(expert_store, "quantize", recording)
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, quiet)
+    assert shapes == {(1, 96, 64), (1, 64, 48)}
+
+
+def write_large(folder: Path, experts: int, width: int) -> tuple[Path, int]:
+    """One layer of random experts, written to disk a tensor at a time; returns their bytes too."""
+    config = tiny_config(
+        "qwen3_moe", num_hidden_layers=1, hidden_size=512, head_dim=64, moe_intermediate_size=width, num_experts=experts
+    )
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    shapes = {n: tuple(p.shape) for n, p in names.items() if ".experts." not in n}
+    for e in range(experts):
+        name = f"model.layers.0.mlp.experts.{e}"
+        shapes.update({f"{name}.{part}_proj.weight": (width, 512) for part in ("gate", "up")})
+        shapes[f"{name}.down_proj.weight"] = (512, width)
+    torch.manual_seed(0)
+    with files.replacing(folder / SINGLE_NAME) as file:
+        writer = files.TensorFileWriter(file, {n: (torch.bfloat16, s) for n, s in shapes.items()}, {"format": "pt"})
+        for name, shape in shapes.items():
+            writer.write(name, 0, torch.randn(shape).mul_(0.02).to(torch.bfloat16))
+    return folder, experts * 3 * width * 512 * 2
+
+
+def conversion_peak(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Private bytes that converting needs beyond those that the process has already.
+
+    Plain rounding takes the place of HQQ, whose own memory is bounded in test_quantization: it is ten times faster.
+    """
+    monkeypatch.setattr(expert_store, "quantize", quantize_minmax)
+    checkpoint = Checkpoint(folder)
+    name, shape = next(iter(shapes_of(checkpoint).items()))
+    quantize_minmax(checkpoint.read_expert(name, 0, shape[0]).unsqueeze(0))  # what torch sets up once
+    gc.collect()
+    before, memory = private_bytes(), PeakMemory()
+    convert(checkpoint, folder / FILE_NAME, 128, 4, quiet)
+    memory.stop()
+    return memory.private - before
+
+
+@pytest.mark.slow
+def test_converting_300_megabytes_takes_the_memory_of_one_expert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, total = write_large(tmp_path / "model", experts=100, width=1024)
+    expert = total // 100
+    assert total > 300e6
+    assert conversion_peak(folder, monkeypatch) < 16 * expert < total / 6  # 16: fp32 temporaries of the rounding, slack
+
+
+def test_converting_takes_the_memory_of_few_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, total = write_large(tmp_path / "model", experts=64, width=256)
+    assert conversion_peak(folder, monkeypatch) < total / 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_a_conversion_that_breaks_off_leaves_nothing(folder: Path, error: BaseException) -> None:
+    before = sorted(folder.iterdir())
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == total:
+            raise error
+
+    with pytest.raises(type(error)):
+        convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, progress)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_weights_that_are_not_finite_are_named_and_nothing_is_left(folder: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / SINGLE_NAME).items()}
+    tensors["model.layers.1.mlp.experts.6.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.down_proj, expert 6: .*") as caught:
+        convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, quiet)
+    assert "\n" not in str(caught.value)
+    assert sorted(folder.iterdir()) == before
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from usaf.checkpoint import Checkpoint
+from usaf.expert_store import FILE_NAME, convert
+def progress(done, total, what):
+    if done == 20:
+        print("ready", flush=True)
+        time.sleep(600)
+folder = Path(sys.argv[1])
+convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, progress)
+"""
+
+
+def test_what_a_killed_conversion_left_is_no_4_bit_file_and_is_cleared_away(original: Path, folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
+    (folder / f".{FILE_NAME}.1-0.partial").write_bytes((original / FILE_NAME).read_bytes()[:-1000])
+    (folder / ".another.safetensors.1-0.partial").write_bytes(b"")
+    assert find_path(Checkpoint(folder), None) == (folder / FILE_NAME, False)
+    open_or_make(Checkpoint(folder), None, 32, 4, quiet)
+    assert {path.name for path in folder.iterdir()} == before | {FILE_NAME, ".another.safetensors.1-0.partial"}
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_a_killed_conversion_leaves_no_file_and_the_next_one_clears_up(original: Path, folder: Path) -> None:
+    before = {path.name for path in folder.iterdir()}
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    left = {path.name for path in folder.iterdir()} - before
+    assert [name.endswith(".partial") for name in left] == [True]
+    checkpoint = Checkpoint(folder)
+    assert find_path(checkpoint, None) == (folder / FILE_NAME, False)
+    open_or_make(checkpoint, None, 32, 4, quiet)
+    assert {path.name for path in folder.iterdir()} == before | {FILE_NAME}
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+def test_two_conversions_at_once_are_safe(original: Path, folder: Path) -> None:
+    """The second runs while the first is at its last expert; the first then keeps the file that the second made."""
+    inner: list[ExpertStore] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == total:
+            inner.append(open_or_make(Checkpoint(folder), None, 32, 4, quiet))
+            inode.append((folder / FILE_NAME).stat().st_ino)
+
+    inode: list[int] = []
+    store = open_or_make(Checkpoint(folder), None, 32, 4, progress)
+    assert (folder / FILE_NAME).stat().st_ino == inode[0], "a file that is mapped by now was replaced"
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+    assert all(same(store[name], inner[0][name]) for name in store.entries)
+    assert not list(folder.glob(".*partial"))
+
+
+def test_a_full_disk_is_refused_beforehand_with_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(folder.iterdir())
+    needed = sum(q.packed.numel() + 2 * q.scale.numel() + 2 * q.offset.numel() for q in
+                 (quantize(torch.ones(s), 32, 4) for s in [(8, 96, 64), (8, 64, 48)] * 2))  # fmt: skip
+    for free, refused in ((needed, False), (needed - 1, True)):
+        usage = shutil._ntuple_diskusage(10**9, 0, free)  # type: ignore[attr-defined]
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if refused:
+            with pytest.raises(
+                UserError, match=r"the 4-bit file needs 0\.00 GB and the disk has 0\.00 GB free; .*QUANT_PATH"
+            ):
+                convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, forbidden)
+            assert sorted(folder.iterdir()) == before
+        else:
+            convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, quiet)
+            (folder / FILE_NAME).unlink()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_beforehand(folder: Path) -> None:
+    (folder.parent / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="QUANT_PATH, .*could not be written"):
+        open_or_make(Checkpoint(folder), str(folder.parent / "file" / FILE_NAME), 32, 4, forbidden)
+    if os.name != "nt" and os.geteuid() != 0:  # root writes everywhere
+        folder.chmod(0o500)
+        try:
+            with pytest.raises(UserError, match="QUANT_PATH, .*could not be written"):
+                open_or_make(Checkpoint(folder), None, 32, 4, forbidden)
+        finally:
+            folder.chmod(0o700)
+
+
+def test_quant_path_names_the_file_to_make_and_to_find(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "mine.safetensors"
+    made = open_or_make(Checkpoint(folder), str(path), 32, 4, quiet)
+    assert made.path == path
+    assert not (folder / FILE_NAME).exists()
+    assert same(
+        *(open_or_make(Checkpoint(folder), str(path), 32, 4, forbidden)[n] for n in [next(iter(made.entries))] * 2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("experts.bin", "must end in .safetensors"),
+        ("experts", "must end in .safetensors"),
+        ("none.pt", "no such file, and new ones are written as .safetensors"),
+        ("folder.safetensors", "is a folder; name a file such as"),
+    ],
+)
+def test_quant_path_that_cannot_be_is_refused(folder: Path, tmp_path: Path, name: str, pattern: str) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=f"QUANT_PATH=.*{name}: {pattern}"):
+        open_or_make(Checkpoint(folder), str(tmp_path / name), 32, 4, forbidden)
+
+
+def test_the_file_beside_the_model_is_found_ours_before_the_legacy(quantized: Path) -> None:
+    checkpoint = Checkpoint(quantized)
+    (quantized / LEGACY_NAME).write_bytes(b"")
+    assert find_path(checkpoint, None) == (quantized / FILE_NAME, True)
+    (quantized / FILE_NAME).unlink()
+    assert find_path(checkpoint, None) == (quantized / LEGACY_NAME, True)
+
+
+def test_the_experts_may_be_absent_once_there_is_a_4_bit_file(quantized: Path) -> None:
+    tensors = load_file(quantized / SINGLE_NAME)
+    save_file(
+        {n: t for n, t in tensors.items() if ".experts." not in n}, quantized / SINGLE_NAME, metadata={"format": "pt"}
+    )
+    open_or_make(Checkpoint(quantized), None, 32, 4, forbidden)
+    (quantized / FILE_NAME).unlink()
+    with pytest.raises(
+        UserError, match=r"no tensors for .*\(4 expert parameters missing in all\), and there is no 4-bit"
+    ):
+        open_or_make(Checkpoint(quantized), None, 32, 4, forbidden)
+
+
+def damage_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 64)
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda p: os.truncate(p, p.stat().st_size - 100), r"not a whole safetensors file \(.*\); delete it"),
+    "empty": (lambda p: p.write_bytes(b""), r"not a whole safetensors file \(.*\); delete it"),
+    "not safetensors": (damage_header, r"not a whole safetensors file \(.*\); delete it"),
+    "of something else": (lambda p: save_file({"x": torch.ones(1)}, p), "a safetensors file but not of 4-bit experts"),
+    "the model itself": (
+        lambda p: shutil.copy(p.parent / SINGLE_NAME, p),
+        "a safetensors file but not of 4-bit experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_that_is_none_of_ours_is_refused(quantized: Path, what: str) -> None:
+    damage, pattern = FILES[what]
+    path = quantized / FILE_NAME
+    damage(path)
+    content = path.read_bytes()
+    with pytest.raises(UserError, match=f"{FILE_NAME}: .*{pattern}") as caught:
+        open_or_make(Checkpoint(quantized), None, 32, 4, forbidden)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"num_hidden_layers": 3}, r"has no experts for model\.layers\.2\.mlp\.experts\..*; it is of another model"),
+        ({"moe_intermediate_size": 64}, r"has shape \(8, 96, 64\), the model wants \(8, 128, 64\); it is of"),
+        ({"num_experts": 4}, r"has shape \(8, 96, 64\), the model wants \(4, 96, 64\)"),
+        ({"seed": 1}, "was made from other weights than .* holds now; delete it, and it is made anew"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_the_file_of_another_model_is_refused(
+    original: Path, tmp_path: Path, changes: dict[str, Any], pattern: str
+) -> None:
+    other = write_checkpoint(tmp_path / "other", **{"num_hidden_layers": 2, **changes})
+    with pytest.raises(UserError, match=pattern):
+        open_or_make(Checkpoint(other), str(original / FILE_NAME), 32, 4, forbidden)
+
+
+@pytest.mark.parametrize(("group_size", "bits"), [(64, 4), (32, 8)])
+def test_a_file_made_with_other_settings_is_refused_with_both(original: Path, group_size: int, bits: int) -> None:
+    with pytest.raises(UserError, match=f"holds 4 bits in groups of 32, .* QUANT_BITS={bits}, GROUP_SIZE={group_size}"):
+        open_or_make(Checkpoint(original), None, group_size, bits, forbidden)
+
+
+def test_weights_changed_after_the_conversion_are_noticed(quantized: Path) -> None:
+    open_or_make(Checkpoint(quantized), None, 32, 4, forbidden)
+    tensors = {n: t + 0.01 if "layers.1" in n else t.clone() for n, t in load_file(quantized / SINGLE_NAME).items()}
+    save_file(tensors, quantized / SINGLE_NAME, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="was made from other weights"):
+        open_or_make(Checkpoint(quantized), None, 32, 4, forbidden)
+
+
+def earlier_tool(weights: torch.Tensor, form: str) -> Any:
+    """An entry of the earlier tool: groups of 128 cut from the flattened tensor, weight = q * scale + zero."""
+    groups = weights.reshape(-1, 128).float()
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / 15).half()
+    codes = ((groups - low) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+    q = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int8)
+    zero, shape = low.half(), tuple(weights.shape)
+    if form == "tuple":
+        return q, scale, zero, shape
+    return {"q": q, "s": scale, "z": zero, "shape": shape, "group_size": 128}
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "quantize_4bit"])
+def test_legacy_files_are_read_in_all_three_forms(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "model"
+    changes = {"num_hidden_layers": 1, "hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 16}
+    reference = random_model("qwen3_moe", **changes)
+    reference.save_pretrained(folder)
+    names = [n for n, p in reference.named_parameters() if p.ndim == 3]
+    weights = {n: reference.get_parameter(n).data for n in names}
+    entries = {n: quantize_4bit(w) if form == "quantize_4bit" else earlier_tool(w, form) for n, w in weights.items()}
+    torch.save(entries, folder / LEGACY_NAME)
+    store = open_or_make(Checkpoint(folder), None, 128, 4, forbidden)
+    assert set(store.entries) == set(names)
+    assert store.source is None
+    for name, weight in weights.items():
+        step = (weight.amax() - weight.amin()) / 15
+        assert (dequantize(store[name]) - weight).abs().max() < step
+        if form == "tuple":
+            q, scale, zero, shape = entries[name]
+            codes = torch.stack([q.view(torch.uint8) & 15, q.view(torch.uint8) >> 4], -1).reshape(len(q), 128)
+            expected = (codes.float() * scale.float() + zero.float()).half().reshape(shape)
+            assert torch.equal(dequantize(store[name], torch.float16), expected)
+
+
+class Payload:
+    """Unpickling this makes a file: what a pickle with code could do."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+def pickled(path: Path, value: object) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(value, file)
+
+
+LEGACY: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code": (lambda p: torch.save({"x": Payload(str(p.with_name("owned")))}, p), "never pickled code"),
+    "code, plain": (lambda p: pickled(p, Payload(str(p.with_name("owned")))), "cannot be read|never pickled code"),
+    "an object": (lambda p: torch.save({"x": Path()}, p), "never pickled code"),
+    "truncated": (
+        lambda p: (torch.save({"x": quantize_4bit(torch.ones(2, 8, 256))}, p), os.truncate(p, p.stat().st_size // 2)),
+        "cannot be read",
+    ),
+    "empty": (lambda p: p.write_bytes(b""), "cannot be read|never pickled code"),
+    "text": (lambda p: p.write_text("hello"), "cannot be read|never pickled code"),
+    "a list": (lambda p: torch.save([torch.ones(2)], p), "must be a dict of 4-bit entries by parameter name"),
+    "no entries": (lambda p: torch.save({}, p), "must be a dict of 4-bit entries by parameter name"),
+    "weights": (lambda p: torch.save({"a.b": torch.ones(2)}, p), r"a\.b: 4-bit entry of type Tensor"),
+    "another model": (
+        lambda p: torch.save({"a.b": quantize_4bit(torch.ones(2, 8, 256))}, p), "has no experts for model.layers.0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LEGACY)
+def test_legacy_files_that_do_not_serve_are_refused(folder: Path, what: str) -> None:
+    write, pattern = LEGACY[what]
+    path = folder / LEGACY_NAME
+    write(path)
+    with pytest.raises(UserError, match=f"{LEGACY_NAME}: .*({pattern})") as caught:
+        open_or_make(Checkpoint(folder), None, 128, 4, forbidden)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert not (folder / "owned").exists()
+
+
+def test_the_file_is_mapped_not_read(original: Path) -> None:
+    """Its pages belong to the system's cache: opening takes no memory of its own, aligned for every type."""
+    store = read_store(original / FILE_NAME)
+    check_store(store, Checkpoint(original), 32, 4)
+    with safe_open(original / FILE_NAME, "pt") as file:
+        assert file.metadata()["source"] == store.source
+    for entry in store.entries.values():
+        assert entry.scale.data_ptr() % 2 == 0
+        assert entry.offset.data_ptr() % 2 == 0
+
+
+def test_content_hash_tells_one_flipped_bit(quantized: Path) -> None:
+    before = read_store(quantized / FILE_NAME).content_hash()
+    with open(quantized / FILE_NAME, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert read_store(quantized / FILE_NAME).content_hash() != before

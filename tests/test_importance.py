@@ -1,0 +1,518 @@
+"""Deferred importance against dense gradients of transformers' eager experts on the same dequantised base."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import VOCAB, base_into, build, write_checkpoint
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from usaf import importance
+from usaf.data import Rows, pack
+from usaf.devices import choose_backend
+from usaf.experts import ExpertBank, PairGradients
+from usaf.importance import (
+    Importance,
+    active_count,
+    expert_gradient,
+    find_important,
+    grow_candidates,
+    sample_chunks,
+    score_bank,
+)
+from usaf.model import SparseModel
+from usaf.prefix import BoundaryStates, chunked
+from usaf.quantization import quantize
+from usaf.selection import overlap
+
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "qwen3_moe from 2": ("qwen3_moe", 2, {}),
+    "mixtral from 0": ("mixtral", 0, {}),
+    "olmoe last layer": ("olmoe", 3, {}),
+    "gpt_oss from 1": ("gpt_oss", 1, {}),  # biases, transposed tensors
+    "deepseek_v3 dense first layer": ("deepseek_v3", 0, {}),
+    "deepseek_v3 dense at start": ("deepseek_v3", 1, {"first_k_dense_replace": 2}),
+    "qwen3_moe dense between": ("qwen3_moe", 1, {"mlp_only_layers": [2]}),
+    "qwen3_moe dense on top": ("qwen3_moe", 2, {"mlp_only_layers": [3]}),
+}
+
+
+def make_rows(seed: int = 0) -> Rows:
+    """Seven rows of different lengths; two are packed documents, and some labels do not count."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def document(length: int, prompt: int = 0) -> tuple[list[int], list[int]]:
+        ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        return ids, [-100] * prompt + ids[prompt:]
+
+    parts = [
+        [document(9)], [document(5), document(12)], [document(4)], [document(24, prompt=10)], [document(12)],
+        [document(7), document(6, prompt=3)], [document(20)],
+    ]  # fmt: skip
+    packed = [pack(documents, sum(len(ids) for ids, _ in documents), None, False) for documents in parts]
+    offsets = torch.tensor([0, *(len(rows.input_ids) for rows in packed)]).cumsum(0).numpy()
+    fields = ("input_ids", "labels", "positions")
+    joined = [torch.cat([torch.from_numpy(getattr(rows, f).copy()) for rows in packed]).numpy() for f in fields]
+    assert all(len(rows) == 1 for rows in packed)
+    return Rows(*joined, offsets)
+
+
+@dataclasses.dataclass
+class Pair:
+    """One checkpoint as our 4-bit model and as transformers' own with the dequantised weights, both in float64."""
+
+    model: SparseModel
+    reference: Any
+    start: int
+
+    def states(self, rows: Rows, chunk_rows: int = 3) -> BoundaryStates:
+        chunks = chunked(len(rows), chunk_rows)
+        return BoundaryStates(self.model, rows, chunks, self.start, torch.float32, {}, None)
+
+    def names(self) -> list[str]:
+        return [name for moe in self.model.moe_from(self.start) for name in moe.names]
+
+    def dense(self, rows: Rows, samples: Sequence[int]) -> dict[str, Tensor]:
+        """The gradient of the mean loss over all targets of the samples, by autograd: [E, out, in] by name.
+
+        One sample at a time and without padding; our shift of the labels is done here once more, by hand.
+        """
+        names = self.names()
+        for name in names:
+            self.reference.get_parameter(name).grad = None
+            self.reference.get_parameter(name).requires_grad_(True)
+        targets = 0
+        for row in samples:
+            batch = rows.batch([row])
+            logits = self.reference(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+            wanted = [(i, int(batch.labels[0, i + 1])) for i in range(batch.lengths[0] - 1)]
+            wanted = [(i, label) for i, label in wanted if label != -100]
+            at, labels = torch.tensor([i for i, _ in wanted]), torch.tensor([label for _, label in wanted])
+            F.cross_entropy(logits[0, at], labels, reduction="sum").backward()
+            targets += len(wanted)
+        found = {}
+        for name in names:
+            gradient = self.reference.get_parameter(name).grad / targets
+            transposed = self.reference.get_submodule(name.rpartition(".")[0]).is_transposed
+            found[name] = gradient.transpose(1, 2) if transposed else gradient
+        return found
+
+
+def make_pair(folder: Path, family: str, start: int, **changes: Any) -> Pair:
+    backend = dataclasses.replace(choose_backend(False, True), compute_dtype=torch.float64)
+    model = build(write_checkpoint(folder, family, **changes), backend)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+    base_into(reference, model)
+    for moe in model.moe:  # base_into goes through fp32; the base is 16 bits wide, so nothing is lost
+        for bank in moe.banks:
+            assert torch.equal(bank.weight(0, torch.float64), bank.weight(0, torch.float32).double())
+    reference.requires_grad_(False)
+    layer = reference.get_submodule(model.layers_name)[start]
+
+    def rounded(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The one thing that this project does to a hidden state: it is rounded where it enters the trained layers."""
+        if start == 0:
+            return args, kwargs
+        if args:
+            return (args[0].float().double(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].float().double()}
+
+    layer.register_forward_pre_hook(rounded, with_kwargs=True)
+    return Pair(model, reference, start)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def pair(case: str) -> Pair:
+        if case not in made:
+            family, start, changes = CASES[case]
+            made[case] = make_pair(tmp_path_factory.mktemp("pair") / "checkpoint", family, start, **changes)
+        return made[case]
+
+    return pair
+
+
+@pytest.fixture
+def qwen(pairs: Callable[[str], Pair]) -> Pair:
+    return pairs("qwen3_moe from 2")
+
+
+def find(pair: Pair, rows: Rows, samples: Sequence[int], fraction: float = 0.02, chunk_rows: int = 2) -> Importance:
+    return find_important(pair.model, pair.states(rows), rows, samples, fraction, chunk_rows, 16, lambda n: None)
+
+
+@pytest.fixture
+def deferred(monkeypatch: pytest.MonkeyPatch) -> dict[int, Tensor]:
+    """id of a bank -> its dense gradient as the deferred way has it, in float64, filled by `find_important`."""
+    seen: dict[int, Tensor] = {}
+
+    def recording(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
+        seen[id(bank)] = torch.stack([expert_gradient(bank, pairs, e, torch.float64) for e in range(bank.num_experts)])
+        return score_bank(bank, pairs, k)
+
+    monkeypatch.setattr(importance, "score_bank", recording)
+    return seen
+
+
+def banks_of(pair: Pair) -> dict[str, ExpertBank]:
+    return {n: b for moe in pair.model.moe_from(pair.start) for n, b in zip(moe.names, moe.banks, strict=True)}
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """The k largest, ties to the lower index, by a full stable sort."""
+    return torch.sort(torch.sort(scores.reshape(-1), descending=True, stable=True).indices[:k]).values
+
+
+def assert_same_gradient(found: Tensor, expected: Tensor) -> None:
+    """transformers' norms and rotary tables stay fp32 in a float64 model: 1e-6 of the largest entry is their noise."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def assert_top_k(active: Tensor, gradient: Tensor, k: int) -> None:
+    """Exactly k, sorted, without repeats; beyond a band of the fp32 scores' rounding none too weak, none left out."""
+    scores = gradient.reshape(-1).abs()
+    assert active.dtype == torch.int64
+    assert len(active) == k
+    assert (active[1:] > active[:-1]).all()
+    threshold = float(scores.sort(descending=True).values[k - 1])
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[active] = True
+    assert scores[chosen].min() >= threshold * (1 - 1e-5)
+    assert scores[~chosen].max() <= threshold * (1 + 1e-5)
+    assert threshold > 0
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_dense_gradient_over_the_same_samples(
+    pairs: Callable[[str], Pair], deferred: dict[int, Tensor], case: str
+) -> None:
+    """Entry by entry, then the chosen set; samples of different lengths, packed and masked, in any order."""
+    pair, rows, samples = pairs(case), make_rows(), [5, 0, 3, 1, 6]
+    found = find(pair, rows, samples)
+    expected = pair.dense(rows, samples)
+    assert found.active.keys() == expected.keys() == set(pair.names())
+    assert found.sequences == 5
+    for name, bank in banks_of(pair).items():
+        assert_same_gradient(deferred[id(bank)], expected[name])
+        assert_top_k(found.active[name], expected[name], active_count(bank.numel, 0.02))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_chunks_do_not_matter(qwen: Pair, deferred: dict[int, Tensor], chunk_rows: int) -> None:
+    rows = make_rows()
+    find(qwen, rows, range(7), chunk_rows=chunk_rows)
+    for name, gradient in qwen.dense(rows, range(7)).items():
+        assert_same_gradient(deferred[id(banks_of(qwen)[name])], gradient)
+
+
+def test_one_sample(qwen: Pair) -> None:
+    rows = make_rows()
+    found = find(qwen, rows, [4])
+    assert math.isnan(found.half_overlap)  # there are no halves
+    for name, gradient in qwen.dense(rows, [4]).items():
+        assert_top_k(found.active[name], gradient, active_count(gradient.numel(), 0.02))
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe from 2", "mixtral from 0"])
+def test_ties_go_to_the_lower_index(pairs: Callable[[str], Pair], case: str) -> None:
+    """Three tokens leave experts without a gradient: k beyond the entries that have one takes the first zeros."""
+    pair = pairs(case)
+    ids = [7, 8, 9]
+    rows = pack([(ids, ids)], None, None, False, one_document_per_row=True)
+    found = find(pair, rows, [0], fraction=0.95)
+    ties = 0
+    for name, gradient in pair.dense(rows, [0]).items():
+        scores, k = gradient.reshape(-1).abs(), active_count(gradient.numel(), 0.95)
+        nonzero = int((scores > 0).sum())
+        assert nonzero > 0
+        ties += nonzero < k
+        if nonzero < k:
+            assert torch.equal(found.active[name], best(scores, k)), name
+    assert ties >= 2
+
+
+def test_same_bits_again(qwen: Pair) -> None:
+    rows = make_rows()
+    first, second = find(qwen, rows, range(6)), find(qwen, rows, range(6))
+    assert first.half_overlap == second.half_overlap
+    assert all(torch.equal(first.active[name], second.active[name]) for name in qwen.names())
+
+
+def test_leaves_the_model_as_it_was(qwen: Pair) -> None:
+    """Trainable routers get no gradient from it, banks capture nothing any more, nothing is hooked."""
+    routers = [moe.router_weight for moe in qwen.model.moe_from(qwen.start)]
+    for router in routers:
+        router.requires_grad_(True)
+    find(qwen, make_rows(), range(4))
+    for router in routers:
+        assert router.grad is None
+        router.requires_grad_(False)
+    for bank in banks_of(qwen).values():
+        assert bank.captured is None
+        assert bank.delta.grad is None
+        assert bank.delta.numel() == 0
+    for layer in qwen.model.layers:
+        assert not layer._forward_hooks
+        assert "forward" not in layer.__dict__
+
+
+# -- halves ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", range(1, 12))
+@pytest.mark.parametrize("chunk_rows", [1, 2, 3, 5, 100])
+def test_sample_chunks(samples: int, chunk_rows: int) -> None:
+    given = [10 * i for i in range(samples)]
+    chunks = sample_chunks(given, chunk_rows)
+    assert [row for chunk in chunks for row in chunk] == given
+    sizes = [len(chunk) for chunk in chunks]
+    assert max(sizes) <= chunk_rows
+    assert max(sizes) - min(sizes) <= 1
+    assert len(chunks) == 1 if samples == 1 else len(chunks) % 2 == 0 or max(sizes) == 1
+    assert len(chunks) <= -(-samples // chunk_rows) + 1
+
+
+def test_half_overlap_is_that_of_the_masks_of_the_halves(qwen: Pair) -> None:
+    """The even and the odd chunks, each half's gradients by autograd."""
+    rows = make_rows()
+    found = find(qwen, rows, [0, 1, 2, 3, 4, 5, 6], chunk_rows=2)
+    assert sample_chunks([0, 1, 2, 3, 4, 5, 6], 2) == [[0], [1, 2], [3, 4], [5, 6]]
+    even, odd = qwen.dense(rows, [0, 3, 4]), qwen.dense(rows, [1, 2, 5, 6])
+    shares = []
+    for name in qwen.names():
+        k = active_count(even[name].numel(), 0.02)
+        first, second = (set(best(g[name].abs(), k).tolist()) for g in (even, odd))
+        shares.append(len(first & second) / k)
+    assert 0 < sum(shares) / len(shares) < 1
+    assert found.half_overlap == pytest.approx(sum(shares) / len(shares), abs=0.002)
+
+
+def test_half_overlap_of_equal_halves_is_one(qwen: Pair) -> None:
+    ids = list(range(10, 26))
+    rows = pack([(ids, ids)] * 4, None, None, False, one_document_per_row=True)
+    assert find(qwen, rows, range(4)).half_overlap == 1.0
+
+
+def bank_of(experts: int, rows: int, columns: int) -> ExpertBank:
+    weights = torch.randn(experts, rows, columns, generator=torch.Generator().manual_seed(0))
+    return ExpertBank(quantize(weights, group_size=8))
+
+
+def pair_of(expert: int, experts: int, grad_output: list[float], inputs: list[float]) -> PairGradients:
+    """One backward with one token, which went to `expert`."""
+    starts = [0 if e <= expert else 1 for e in range(experts + 1)]
+    return PairGradients(torch.tensor([inputs]), None, torch.tensor([grad_output]), None, None, starts)
+
+
+def test_scores_by_hand() -> None:
+    """Two experts of 2 x 3. Even backwards: dW[0] = [[4, 2, 0], [0, 0, 0]], odd: dW[0] = [[-4, 0, 0], [0, 0, 0]] and
+    dW[1] = [[0, 0, 0], [0, 0, 3]]; flat index = 6 e + 3 row + column."""
+    bank = bank_of(2, 2, 3)
+    backwards = [pair_of(0, 2, [2.0, 0.0], [2.0, 1.0, 0.0]), pair_of(0, 2, [-4.0, 0.0], [1.0, 0.0, 0.0]),
+                 pair_of(1, 2, [0.0, 0.0], [1.0, 1.0, 1.0]), pair_of(1, 2, [0.0, 1.5], [0.0, 0.0, 2.0])]  # fmt: skip
+    whole, (even, odd) = score_bank(bank, backwards, 2)
+    assert whole.tolist() == [1, 11]  # 4 - 4 cancels: 2 and 3 remain
+    assert even.tolist() == [0, 1]
+    assert odd.tolist() == [0, 11]
+    assert overlap(even, odd) == 0.5
+    whole, (even, odd) = score_bank(bank, backwards, 4)
+    assert whole.tolist() == [0, 1, 2, 11]  # zeros by index
+    assert even.tolist() == [0, 1, 2, 3]
+    assert odd.tolist() == [0, 1, 2, 11]
+
+
+def test_signs_cancel_over_samples_and_the_larger_wins() -> None:
+    """|mean gradient|, not mean |gradient|."""
+    bank = bank_of(1, 1, 2)
+    backwards = [pair_of(0, 1, [1.0], [5.0, 1.0]), pair_of(0, 1, [1.0], [-5.0, 1.0])]
+    assert score_bank(bank, backwards, 1)[0].tolist() == [1]
+
+
+@pytest.mark.parametrize(("numel", "fraction", "count"), [
+    (1000, 0.005, 5), (1000, 0.0059, 5), (100, 0.005, 1), (7, 1.0, 7), (402653184, 0.005, 2013265),
+])  # fmt: skip
+def test_active_count(numel: int, fraction: float, count: int) -> None:
+    assert active_count(numel, fraction) == count
+
+
+# -- candidates of a reselection ---------------------------------------------------------------------------------------
+
+
+def random_pairs(bank: ExpertBank, tokens: int, seed: int, shared: str) -> tuple[PairGradients, Tensor]:
+    """A backward of `tokens` tokens with two experts each (none for the last), and its dense gradient by a loop."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(bank.num_experts - 1, generator=generator)[:2] for _ in range(tokens)])
+    slot = torch.sort(ids.reshape(-1), stable=True).indices
+    token = torch.div(slot, 2, rounding_mode="floor")
+    experts = ids.reshape(-1)[slot]
+    starts = [int((experts < e).sum()) for e in range(bank.num_experts + 1)]
+    by_token = {"inputs": torch.randn(tokens, bank.in_features, generator=generator),
+                "outputs": torch.randn(tokens, bank.out_features, generator=generator)}  # fmt: skip
+    scale = torch.rand(2 * tokens, generator=generator)
+    x, dy = by_token["inputs"][token], by_token["outputs"][token] * scale.unsqueeze(1)
+    dense = torch.zeros(bank.base.shape, dtype=torch.float64)
+    for p in range(2 * tokens):
+        dense[experts[p]] += torch.outer(dy[p].double(), x[p].double())
+    if shared == "inputs":  # as the first projection keeps them
+        return PairGradients(by_token["inputs"], token, dy, None, None, starts), dense
+    return PairGradients(x, None, by_token["outputs"], token, scale, starts), dense  # as the second does
+
+
+@pytest.mark.parametrize("shared", ["inputs", "outputs"])
+def test_grow_candidates(shared: str) -> None:
+    """The largest over all captured backwards, none of the kept, whatever their order."""
+    bank = bank_of(4, 6, 10)
+    made = [random_pairs(bank, 9, seed, shared) for seed in range(3)]
+    backwards, dense = [pairs for pairs, _ in made], sum((d for _, d in made), torch.zeros(4, 6, 10).double())
+    for e in range(4):
+        torch.testing.assert_close(expert_gradient(bank, backwards, e, torch.float64), dense[e], rtol=1e-5, atol=1e-5)
+    scores = dense.reshape(-1).abs()
+    top = torch.sort(scores, descending=True, stable=True).indices
+    kept = torch.sort(top[[0, 1, 4, 17, 100]]).values
+    outside = [i for i in top.tolist() if i not in set(kept.tolist())]
+    for count in (1, 7, 40):
+        found = grow_candidates(bank, backwards, kept, count)
+        assert found.tolist() == sorted(outside[:count])
+    everything = grow_candidates(bank, backwards, kept, 235)
+    assert everything.tolist() == sorted(outside)
+    assert grow_candidates(bank, backwards, kept[:0], 3).tolist() == sorted(top[:3].tolist())
+
+
+def test_expert_without_tokens_has_no_gradient() -> None:
+    bank = bank_of(4, 6, 10)
+    backwards = [random_pairs(bank, 9, 0, "inputs")[0]]
+    gradient = expert_gradient(bank, backwards, 3)
+    assert gradient.shape == (6, 10)
+    assert gradient.dtype == torch.float32
+    assert not gradient.any()
+    assert expert_gradient(bank, [], 0).shape == (6, 10)
+
+
+# -- memory and work ---------------------------------------------------------------------------------------------------
+
+
+class LargestTensors(TorchDispatchMode):
+    """Remembers every floating-point tensor of at least `elements` that an operator gave back, and how many of those
+    were alive at once."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.largest = elements, 0
+        self.alive: list[weakref.ref[Any]] = []
+        self.most_alive = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.largest = max(self.largest, leaf.numel())
+                if leaf.numel() >= self.elements:
+                    self.alive.append(weakref.ref(leaf))
+        self.alive = [ref for ref in self.alive if ref() is not None]
+        self.most_alive = max(self.most_alive, len({ref().untyped_storage().data_ptr() for ref in self.alive}))
+        return out
+
+
+def test_never_a_dense_gradient_of_a_layer(tmp_path: Path) -> None:
+    """24 experts of 96 x 64: no floating-point tensor beyond one expert's size and k, and few of that size at once.
+
+    Activations are kept below the size of an expert by short samples, so that what is as large must be a weight.
+    """
+    folder = write_checkpoint(tmp_path / "model", num_experts=24, num_experts_per_tok=2, vocab_size=80)
+    model = build(folder)
+    ids = [list(range(3 + i, 13 + i)) for i in range(8)]
+    rows = pack([(i, i) for i in ids], None, None, False, one_document_per_row=True)
+    states = BoundaryStates(model, rows, chunked(8, 2), 2, torch.float32, {}, None)
+    expert = 96 * 64
+    with LargestTensors(expert) as seen:
+        found = find_important(model, states, rows, range(8), 0.005, 2, 16, lambda n: None)
+    k = active_count(24 * expert, 0.005)
+    assert expert <= seen.largest <= expert + 2 * k  # the second where an expert's scores join the k best so far
+    # While scored: two halves and what is computed of them. While decoded: codes, products and roundings of one expert.
+    assert seen.most_alive <= 6
+    assert all(len(active) == active_count(24 * size, 0.005) for active, size in
+               zip(found.active.values(), [expert, expert // 2] * 2, strict=True))  # fmt: skip
+
+
+def test_the_memory_test_sees_a_dense_layer() -> None:
+    with LargestTensors(100) as seen:
+        kept = [torch.zeros(10, 10) + i for i in range(5)]
+        torch.stack(kept)
+    assert seen.largest == 500
+    assert seen.most_alive >= 5
+
+
+def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer's backward begins, nothing that another layer captured is alive, nor the inputs of layers above."""
+    captured: list[weakref.ref[Any]] = []
+    entered: list[weakref.ref[Any]] = []
+    backwards: list[int] = []
+
+    def recording(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
+        captured.extend(weakref.ref(p) for p in pairs)
+        captured.extend(weakref.ref(p.grad_outputs) for p in pairs)
+        return score_bank(bank, pairs, k)
+
+    original = importance._layer_backward
+
+    def beginning(*args: Any) -> Any:
+        assert not any(ref() is not None for ref in captured), "pairs of the layer above are still held"
+        assert not any(ref() is not None for ref in entered), "inputs of the layer above are still held"
+        entered.extend(weakref.ref(h) for h in args[4])
+        backwards.append(args[2])
+        return original(*args)
+
+    monkeypatch.setattr(importance, "score_bank", recording)
+    monkeypatch.setattr(importance, "_layer_backward", beginning)
+    find(qwen, make_rows(), range(6))
+    assert backwards == [3, 2]
+    assert captured
+    assert entered
+
+
+def test_each_expert_is_decoded_at_most_three_times_a_chunk(qwen: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, and forward and backward again; the first layer's inputs need no gradient, and scoring decodes none."""
+    decoded: Counter[tuple[int, int]] = Counter()
+    base_weight = ExpertBank.base_weight
+
+    def counted(self: ExpertBank, e: int, dtype: torch.dtype) -> Tensor:
+        decoded[id(self), e] += 1
+        return base_weight(self, e, dtype)
+
+    monkeypatch.setattr(ExpertBank, "base_weight", counted)
+
+    def scoring(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
+        before = decoded.total()
+        result = score_bank(bank, pairs, k)
+        assert decoded.total() == before
+        return result
+
+    monkeypatch.setattr(importance, "score_bank", scoring)
+    rows = make_rows()
+    calls: list[int] = []
+    find_important(qwen.model, qwen.states(rows), rows, range(6), 0.02, 2, 16, calls.append)
+    chunks = sample_chunks(range(6), 2)
+    up_of_first = id(qwen.model.moe[2].banks[0])
+    most: Counter[int] = Counter()
+    for (bank, _), count in decoded.items():
+        most[bank] = max(most[bank], count)
+    trained = [id(bank) for moe in qwen.model.moe_from(2) for bank in moe.banks]
+    assert [most[bank] for bank in trained] == [(2 if bank == up_of_first else 3) * len(chunks) for bank in trained]
+    assert sum(calls) == 2 * len(chunks) * 2  # two trainable layers

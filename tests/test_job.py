@@ -1,0 +1,238 @@
+"""The phases of a run in isolation: what is decided, counted, shown, warned of and cleared away."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runs import World, events, read_json
+
+from usaf import session as session_module
+from usaf.data import DataOrder
+from usaf.evaluation import Evaluation
+from usaf.job import Job, Totals, change_row, final_table, take_away
+from usaf.run import list_checkpoints, load_checkpoint
+from usaf.session import carries_state, decide_resident
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- the first active weights ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(20, 8), (7, 64), (5, 5), (1, 2)])
+def test_importance_takes_the_first_rows_of_the_order_once_each(rows: int, wanted: int) -> None:
+    order = DataOrder(rows, chunk_rows=3, microbatch=4, seed=0)
+    job: Any = SimpleNamespace(
+        session=SimpleNamespace(order=order, data=SimpleNamespace(train=range(rows))),
+        values=SimpleNamespace(importance_samples=wanted),
+    )
+    samples = Job.importance_samples(job)
+    assert len(samples) == len(set(samples)) == min(rows, wanted)
+    taken = [row for index in range(rows) for row in order.micro_batch(index)]
+    assert samples == list(dict.fromkeys(taken))[: len(samples)]
+
+
+def test_one_training_sequence_has_no_halves_to_compare(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = world.data.read_text(encoding="utf-8").splitlines()[:2]
+    path = world.root / "two.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert world.train("one", DATASET_PATH=path, STEPS=1, MICROBATCH=1, IMPORTANCE_SAMPLES=2) == 0
+    assert read_json(world.runs / "one" / "summary.json")["importance_half_overlap"] is None
+    assert "no halves to compare" in capsys.readouterr().out
+
+
+# ---- cadence --------------------------------------------------------------------------------------------------------
+
+
+def test_no_checkpoint_falls_into_a_capture_window(world: World) -> None:
+    """Windows are steps 3, 4 and 7, 8; a save is due after every step."""
+    folder = world.finished("cadence", SAVE_EVERY="1", KEEP_CHECKPOINTS="20")
+    assert [e["step"] for e in events(folder, "save")] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 12]
+    assert [int(p.name[5:]) for p in list_checkpoints(folder)] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 12]
+
+
+def test_the_last_step_is_saved_and_evaluated_once(world: World) -> None:
+    folder = world.finished("once", SAVE_EVERY="6", EVAL_EVERY="6")
+    assert [e["step"] for e in events(folder, "save")] == [0, 6, 12]
+    assert [e["step"] for e in events(folder, "eval") if e["name"] == "in_domain"] == [0, 6, 12]
+
+
+def test_eval_every_zero_evaluates_before_and_after_only(world: World) -> None:
+    folder = world.finished("seldom", EVAL_EVERY="0")
+    assert [e["step"] for e in events(folder, "eval") if e["name"] == "in_domain"] == [0, 12]
+
+
+def test_checkpoints_carry_the_totals(world: World) -> None:
+    folder = world.finished("once", SAVE_EVERY="6", EVAL_EVERY="6")
+    for checkpoint, step in zip(list_checkpoints(folder), (6, 12), strict=True):
+        totals = Totals(**load_checkpoint(checkpoint).about["totals"])
+        assert totals.tokens == step * 48
+        assert [e["name"] for e in totals.before] == ["in_domain", "heldout_other"]
+        assert totals.seconds > totals.step_seconds > 0
+        assert totals.peak_private_bytes > 0
+
+
+# ---- when it goes wrong ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_diverges_ends_with_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.train("diverges", LR_PEAK="1e38", ROUTER_LR="1e38", GRAD_CLIP="1e38", EVAL_EVERY="0") == 1
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
+    assert len(errors) == 1
+    assert "LR_PEAK=1e+38" in errors[0]
+    assert "5 steps in a row" in errors[0]
+    folder = world.runs / "diverges"
+    assert list_checkpoints(folder)
+    assert len(events(folder, "warning")) == 4  # the fifth is the error itself
+    assert [e["loss"] for e in events(folder, "step") if e["loss"] is None]  # null, since JSON has no nan
+
+
+def test_take_away_leaves_what_is_not_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "tag"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("settings.json", "metrics.jsonl", ".lock"):
+        (folder / name).write_text("", encoding="utf-8")
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    take_away(folder, with_parent=True)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    take_away(folder, with_parent=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_starved_experts_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    logged: list[dict[str, Any]] = []
+    job: Any = SimpleNamespace(
+        totals=Totals(before=[{"name": "in_domain", "starved_experts": 1}]),
+        run=SimpleNamespace(log=lambda event, **values: logged.append({"event": event, **values})),
+    )
+    Job.warn_of_collapse(job, 4, [Evaluation("in_domain", 1.0, 10, 0.5, 1), Evaluation("new", 1.0, 10, 0.5, 9)])
+    assert logged == []
+    Job.warn_of_collapse(job, 4, [Evaluation("in_domain", 1.0, 10, 0.5, 3)])
+    assert [(e["event"], e["step"]) for e in logged] == [("warning", 4)]
+    assert "3 experts get almost no tokens, 1 before training; lower ROUTER_LR" in capsys.readouterr().out
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_change_row() -> None:
+    assert change_row("x", 4.0, 3.0, 2) == ["x", "4.00", "3.00", "-25.0%"]
+    assert change_row("x", None, 3.0, 2) == ["x", "not finite", "3.00", ""]
+    assert change_row("x", 0.0, 3.0, 1) == ["x", "0.0", "3.0", ""]
+
+
+def test_final_table_of_a_run_without_figures() -> None:
+    summary: dict[str, Any] = {
+        "train_loss_first": None, "train_loss_last": None, "experts_moved": [], "tokens_per_second": None,
+        "evaluations": [{"name": "in_domain", "perplexity_before": 2.0, "perplexity_after": None}],
+        "active_parameters": 1, "expert_parameters": 10, "router_parameters": 0, "seconds_total": 1.0,
+        "peak_memory_bytes": 10**9, "peak_resident_bytes": 2 * 10**9, "peak_device_memory_bytes": 3 * 10**9,
+    }  # fmt: skip
+    shown = final_table(summary)
+    assert re.search(r"perplexity in_domain +2.000 +not finite", shown)
+    assert re.search(r"training speed +not measured", shown)
+    assert re.search(r"peak device memory +3.00 GB", shown)
+    assert re.search(r"\(private / with mapped files\) +1.00 / 2.00 GB", shown)
+
+
+# ---- decisions ------------------------------------------------------------------------------------------------------
+
+
+def test_resident_needs_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank: Any = SimpleNamespace(numel=100)
+    monkeypatch.setattr(session_module, "available_bytes", lambda: 399)
+    chosen, reason = decide_resident([bank], "auto")
+    assert not chosen
+    assert "free" in reason
+    assert decide_resident([bank], "1") == (True, "USE_RESIDENT=1")
+    assert decide_resident([bank], "0") == (False, "USE_RESIDENT=0")
+
+
+@pytest.mark.parametrize("faster", [True, False], ids=["widening", "decoding"])
+def test_resident_is_measured(world: World, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    """The measurement alone decides, its reason is kept, and evaluation and resume take the decision over."""
+    times = iter([1.0 if faster else 0.1] * 5 + [0.5] * 5)
+    monkeypatch.setattr(session_module, "seconds", lambda work: next(times))
+    tag = f"resident-{faster}"
+    assert world.train(tag, STEPS=1) == 0
+    decisions = read_json(world.runs / tag / "settings.json")["decisions"]
+    assert decisions["resident"] is faster
+    assert "widening a 16-bit copy" in decisions["resident_reason"]
+
+
+def test_a_decision_is_taken_over_and_a_setting_goes_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runs import copy_run
+
+    folder = world.finished("decided", USE_RESIDENT="1", STEPS="1")
+    measured = []
+    monkeypatch.setattr(session_module, "seconds", lambda work: measured.append(1) or 0.0)
+    for changes, expected in (({}, True), ({"USE_RESIDENT": "0"}, False)):
+        copy = copy_run(folder, world.runs / "decided-again")
+        assert world.train(None, RESUME=copy, STEPS="1", **changes) == 0
+        assert read_json(copy / "settings.json")["decisions"]["resident"] is expected
+    assert measured == []
+
+
+def test_another_processor_is_warned_of(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And has a cache of its own, since its bits may differ."""
+    from runs import copy_run
+
+    copy = copy_run(world.finished("decided", USE_RESIDENT="1", STEPS="1"), world.runs / "elsewhere")
+    caches = len(list((world.runs / "cache").iterdir()))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SOMETHING ELSE")
+    assert world.train(None, RESUME=copy, STEPS="1") == 0
+    assert "this one has SOMETHING ELSE" in capsys.readouterr().out
+    assert len(list((world.runs / "cache").iterdir())) > caches
+
+
+@pytest.mark.parametrize(
+    ("config", "stateful", "expected"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False, False),
+        ({}, False, False),
+        ({"layer_types": None}, False, False),
+        ({"layer_types": ["linear_attention", "full_attention"]}, False, True),
+        ({"layer_types": ["conv", "full_attention"]}, False, True),
+        ({"layers_block_type": ["mamba", "attention"]}, False, True),
+        ({}, True, True),
+    ],
+)
+def test_families_with_a_state_get_one_document_a_row(config: dict[str, Any], stateful: bool, expected: bool) -> None:
+    text = SimpleNamespace(**config)
+    checkpoint: Any = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text), model=SimpleNamespace(_is_stateful=stateful)
+    )
+    assert carries_state(checkpoint) is expected
+
+
+def test_rows_are_read_for_a_family_with_a_state(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    build = session_module.build_training_data
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.update(options)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(session_module, "build_training_data", spy)
+    monkeypatch.setattr(session_module, "carries_state", lambda _: True)
+    assert world.train("stateful", STEPS=1) == 0
+    assert seen["one_document_per_row"] is True
