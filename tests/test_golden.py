@@ -4,8 +4,9 @@ Weights and data come from numpy, so that no other random generator decides them
 of 2^-12 that bfloat16 holds, so that the checkpoint is the same to the bit everywhere.
 
 Tolerance: 2e-4 of each loss. Between processors, numbers of threads and versions of torch the order of sums differs,
-which moves these losses by some 1e-6; a tie in a top-k that falls otherwise moves them by some 1e-5. What a fault does
-is larger: `test_the_tolerance_tells_faults` holds that for the smallest faults one would want to see.
+which moves these losses by less than 1e-6 (measured: one or two threads, torch 2.4.1 and 2.13); a weight that a near
+tie puts in or out of the active set could move them by some 1e-5. What a fault does is larger, and
+`test_the_tolerance_tells_faults` holds that for the smallest that one would want to see.
 """
 
 from __future__ import annotations
@@ -90,13 +91,21 @@ def test_the_curve_falls() -> None:
         assert golden()[name][-1] < golden()[name][0] - 0.05
 
 
+FAULTS = [
+    {"LR_PEAK": "2.9e-2"}, {"ROUTER_LR": "0"}, {"RESELECT_EVERY": "0"}, {"FRAC": "0.19"}, {"GRAD_CLIP": "0.1"},
+    {"WARMUP": "0.2"}, {"LR_FLOOR": "0.2"}, {"DROP_FRACTION": "0.25"}, {"GROUP_SIZE": "32"}, {"SEED": "1"},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "fault",
-    [{"LR_PEAK": "9e-3"}, {"ROUTER_LR": "0"}, {"RESELECT_EVERY": "0"}, {"FRAC": "0.045"}, {"GRAD_CLIP": "0.1"},
-     {"WARMUP": "0.2"}, {"LR_FLOOR": "0.5"}, {"DROP_FRACTION": "0.4"}, {"GROUP_SIZE": "64"}, {"SEED": "1"}],
-    ids=lambda fault: next(iter(fault)),
-)  # fmt: skip
+    [
+        pytest.param(fault, marks=[] if i < 3 else [pytest.mark.slow], id=next(iter(fault)))
+        for i, fault in enumerate(FAULTS)
+    ],
+)
 def test_the_tolerance_tells_faults(folder: Path, fault: dict[str, str]) -> None:
-    changes = {**fault, "QUANT_PATH": str(folder / "q64.safetensors")} if "GROUP_SIZE" in fault else fault
+    """The first three always: a wrong learning rate, routers that do not train, no reselection."""
+    changes = {**fault, "QUANT_PATH": str(folder / "q32.safetensors")} if "GROUP_SIZE" in fault else fault
     difference = largest_difference(losses(folder, f"fault-{next(iter(fault))}", **changes), golden())
     assert difference > 3 * TOLERANCE, difference

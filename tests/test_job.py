@@ -17,7 +17,7 @@ from usaf.data import DataOrder
 from usaf.evaluation import Evaluation
 from usaf.job import Job, Totals, change_row, final_table, take_away
 from usaf.run import list_checkpoints, load_checkpoint
-from usaf.session import carries_state, decide_resident
+from usaf.session import decide_resident
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +92,10 @@ def test_checkpoints_carry_the_totals(world: World) -> None:
 
 
 def test_a_run_that_diverges_ends_with_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert world.train("diverges", LR_PEAK="1e38", ROUTER_LR="1e38", GRAD_CLIP="1e38", EVAL_EVERY="0") == 1
+    assert world.train("diverges", LR_PEAK="1e30", ROUTER_LR="1e30", EVAL_EVERY="0") == 1
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
     assert len(errors) == 1
-    assert "LR_PEAK=1e+38" in errors[0]
+    assert "LR_PEAK=1e+30" in errors[0]
     assert "5 steps in a row" in errors[0]
     folder = world.runs / "diverges"
     assert list_checkpoints(folder)
@@ -204,27 +204,10 @@ def test_another_processor_is_warned_of(
     assert len(list((world.runs / "cache").iterdir())) > caches
 
 
-@pytest.mark.parametrize(
-    ("config", "stateful", "expected"),
-    [
-        ({"layer_types": ["full_attention", "sliding_attention"]}, False, False),
-        ({}, False, False),
-        ({"layer_types": None}, False, False),
-        ({"layer_types": ["linear_attention", "full_attention"]}, False, True),
-        ({"layer_types": ["conv", "full_attention"]}, False, True),
-        ({"layers_block_type": ["mamba", "attention"]}, False, True),
-        ({}, True, True),
-    ],
-)
-def test_families_with_a_state_get_one_document_a_row(config: dict[str, Any], stateful: bool, expected: bool) -> None:
-    text = SimpleNamespace(**config)
-    checkpoint: Any = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: text), model=SimpleNamespace(_is_stateful=stateful)
-    )
-    assert carries_state(checkpoint) is expected
-
-
-def test_rows_are_read_for_a_family_with_a_state(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_documents_share_a_row_only_where_the_family_keeps_them_apart(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], apart: bool
+) -> None:
     seen = {}
     build = session_module.build_training_data
 
@@ -233,6 +216,7 @@ def test_rows_are_read_for_a_family_with_a_state(world: World, monkeypatch: pyte
         return build(*arguments, **options)
 
     monkeypatch.setattr(session_module, "build_training_data", spy)
-    monkeypatch.setattr(session_module, "carries_state", lambda _: True)
-    assert world.train("stateful", STEPS=1) == 0
-    assert seen["one_document_per_row"] is True
+    monkeypatch.setattr(session_module, "keeps_documents_apart", lambda _: apart)
+    assert world.train(f"apart-{apart}", STEPS=1) == 0
+    assert seen["one_document_per_row"] is not apart
+    assert ("one document a row" in capsys.readouterr().out) is not apart

@@ -40,7 +40,7 @@ DEMO_SETTINGS: dict[str, object] = {
     "eval_every": 60,
     "eval_samples": 32,
 }
-"""What the bundled demo brings in place of the defaults (source `demo` in the table): docs/decisions.md has the sweep."""
+"""What the bundled demo brings in place of the defaults (source `demo` in the table); docs/decisions.md has why."""
 
 # Modules the demo model never saw: its own held-out set, and later the measure of forgetting.
 PYTHON_HELDOUT = {

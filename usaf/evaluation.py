@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from usaf.data import Batch
-from usaf.data import Batch
 from usaf.loss import loss_sum
 from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates

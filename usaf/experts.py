@@ -14,6 +14,7 @@ What is left out: training the biases of experts (frozen, as everything but delt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -106,8 +107,8 @@ class PairGradients:
 class ExpertBank(nn.Module):
     """One projection (up or down) of all experts of a layer.
 
-    `active` holds the flat indices e * out * in + r * in + c of the trained weights, sorted; `delta` their trained
-    values in fp32, in the same order. `resident` may hold the base decoded to 16 bits: decoding rounds to the same
+    `active` are the flat indices e * out * in + r * in + c of the trained weights, sorted; `delta` their trained values
+    in fp32, in the same order. `resident` may hold the base decoded to 16 bits: decoding rounds to the same
     16 bits, so both ways give the same weights to the bit. While `captured` is a list, every backward appends what the
     weight gradients need.
     """
@@ -144,24 +145,37 @@ class ExpertBank(nn.Module):
             self.resident = self.resident.to(device)
 
     def set_active(self, active: Tensor, delta: Tensor) -> None:
-        """Replace the trained set. active: int64 [n] sorted flat indices; delta: fp32 [n] (trainable if n or not)."""
+        """Replace the trained set. active: int64 [n] sorted flat indices; delta: fp32 [n] (trainable if n or not).
+
+        Kept are 8 bytes a weight of places, not the 32 of flat index, index in the expert, row and column: at full size
+        they are 24 million.
+        """
         assert active.shape == delta.shape
         active = active.cpu()
         bounds = torch.arange(self.num_experts + 1, dtype=torch.int64) * self.expert_size
         self.expert_starts: list[int] = torch.searchsorted(active, bounds).tolist()
         within = active % self.expert_size
-        rows = torch.div(within, self.in_features, rounding_mode="floor")
         per_row = torch.div(active, self.in_features, rounding_mode="floor")
-        row_bounds = torch.arange(self.num_experts * self.out_features + 1, dtype=torch.int64)
-        starts = torch.searchsorted(per_row, row_bounds)
+        starts = torch.searchsorted(per_row, torch.arange(self.num_experts * self.out_features + 1))
         e_first = torch.tensor(self.expert_starts[:-1], dtype=torch.int64).unsqueeze(1)
         shared = torch.arange(self.num_experts).unsqueeze(1) * self.out_features + torch.arange(self.out_features + 1)
-        self.active = active.to(self.device)
-        self.within = within.to(self.device)
-        self.rows = rows.to(self.device)
-        self.columns = (within % self.in_features).to(self.device)
-        self.row_starts = (starts[shared] - e_first).to(self.device)  # [E, out + 1], each expert from 0
+        rows = torch.div(within, self.in_features, rounding_mode="floor")
+        self.rows = rows.to(torch.int32).to(self.device)
+        self.columns = (within % self.in_features).to(torch.int32).to(self.device)
+        self.row_starts = (starts[shared] - e_first).to(torch.int32).to(self.device)  # [E, out + 1], CSR per expert
         self.delta = nn.Parameter(delta.to(self.device, torch.float32))
+
+    @property
+    def active(self) -> Tensor:
+        """int64 [n]: the sorted flat indices, on the bank's device."""
+        counts = [end - first for first, end in itertools.pairwise(self.expert_starts)]
+        first_index = torch.arange(self.num_experts, dtype=torch.int64) * self.expert_size
+        shift = torch.repeat_interleave(first_index, torch.tensor(counts, dtype=torch.int64))
+        return self._within(slice(None)) + shift.to(self.device)
+
+    def _within(self, part: slice) -> Tensor:
+        """int64: places in the experts' own flattened [out, in]."""
+        return self.rows[part].to(torch.int64) * self.in_features + self.columns[part]
 
     def base_weight(self, e: int, dtype: torch.dtype) -> Tensor:
         """[out, in] of expert e as stored, without delta."""
@@ -177,13 +191,13 @@ class ExpertBank(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         weight = self.base_weight(e, wide)  # always a fresh tensor: the base is held in 4 or 16 bits
         values = (self.delta if delta is None else delta).detach()[first:end]
-        weight.view(-1).scatter_add_(0, self.within[first:end], values.to(wide))
+        weight.view(-1).scatter_add_(0, self._within(slice(first, end)), values.to(wide))
         return weight.to(dtype)
 
     def sampled(self, e: int, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """The gradient of expert e's deltas from its tokens: [n_e]."""
-        first, end = self.expert_starts[e], self.expert_starts[e + 1]
-        return sampled_gradient(grad_output, inputs, self.rows[first:end], self.columns[first:end], self.row_starts[e])
+        part = slice(self.expert_starts[e], self.expert_starts[e + 1])
+        return sampled_gradient(grad_output, inputs, self.rows[part], self.columns[part], self.row_starts[e])
 
     def delta_gradient(self, pairs: PairGradients, dtype: torch.dtype) -> Tensor:
         """The gradient of all deltas from one backward's pairs: fp32 [n]; experts without tokens get zeros."""

@@ -44,8 +44,6 @@ from usaf.settings import ResolvedSettings, Settings
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
-# Parts of transformers' names for layers that carry a state along the sequence, across packed documents.
-RECURRENT_LAYERS = ("linear", "conv", "mamba", "recurrent", "hybrid")
 
 
 @dataclass
@@ -242,14 +240,6 @@ def check_context(data: TrainingData, checkpoint: Checkpoint, seq_len: int) -> N
         if limit is not None and longest_row(rows) > limit:
             raise UserError(f"SEQ_LEN={seq_len}: the sequences of {name} reach {longest_row(rows)} tokens, and the "
                             f"model's context is {limit}; lower SEQ_LEN, or shorten the samples")  # fmt: skip
-
-
-def carries_state(checkpoint: Checkpoint) -> bool:
-    """Whether some layer hands a state along the sequence, which restarting positions do not reset."""
-    config = checkpoint.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
-    named = any(mark in kind for kind in layers for mark in RECURRENT_LAYERS)
-    return named or bool(getattr(checkpoint.model, "_is_stateful", False))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -21,8 +21,8 @@ def sampled_gradient(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns:
     Args:
         grad_output: [tokens, out], floating point.
         inputs: [tokens, in], same dtype and device.
-        rows, columns: int64 [n], sorted by row, then column, without repeats.
-        row_starts: int64 [out + 1], the CSR form of `rows`.
+        rows, columns: int32 or int64 [n], sorted by row, then column, without repeats.
+        row_starts: [out + 1], the CSR form of `rows`, of the same type.
 
     Returns:
         [n], dtype of `inputs`, but fp32 for 16-bit inputs: their products are exact in it.
