@@ -340,6 +340,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty hub cache, and a hub at an address that takes connections and never answers."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as conftest sets it, nothing is asked
     monkeypatch.setattr(checkpoint_module, "HUB_SECONDS", 0.2)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -354,6 +355,7 @@ def test_a_hub_that_never_answers_is_given_up_in_seconds(no_hub: Path) -> None:
     ) as caught:
         resolve_model("some/model")
     assert "\n" not in str(caught.value)
+    assert "Timeout" in str(caught.value), "the hub was not asked"
 
 
 def test_without_a_network_the_hubs_cache_serves(no_hub: Path, folders: Callable[..., Path]) -> None:

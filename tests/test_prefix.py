@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import threading
 from collections import namedtuple
 from collections.abc import Callable
@@ -289,7 +290,7 @@ def with_changed_position(rows: Rows) -> Rows:
         {"rows": with_changed_position},
         {"layout": 3},
     ],
-    ids=str,
+    ids=lambda changes: re.sub(r"<function (\w+) at \w+>", r"\1", str(changes)),  # no address: workers must agree
 )
 def test_every_ingredient_makes_another_cache(
     model: SparseModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
