@@ -395,9 +395,13 @@ BAD_QUANTISED: dict[str, tuple[Callable[[World, Path], Path], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BAD_QUANTISED)
-def test_bad_4bit_file(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_bad_4bit_file(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Told before data are read and a folder is made."""
     prepare, words = BAD_QUANTISED[name]
     path = prepare(world, tmp_path)
+    monkeypatch.delattr("usaf.session.read_data")
     refused(world, capsys, tmp_path, {"QUANT_PATH": path}, [], str(path), *words)
 
 
@@ -449,7 +453,7 @@ def test_a_folder_that_cannot_be_made(
 def test_a_shape_that_config_and_weights_do_not_share(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Told when the weights are read, which is after the 4-bit file: that may stay, whole, but no folder of a run."""
+    """The 4-bit file may stay, whole, but no folder of a run."""
     model = own_model(world, tmp_path)
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(65, dtype=torch.bfloat16)

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import World, events, read_json
+from runs import World, copy_run, events, read_json
 
 from usaf import session as session_module
 from usaf.data import DataOrder
+from usaf.errors import UserError
 from usaf.evaluation import Evaluation
 from usaf.job import Job, Totals, change_row, final_table, take_away
 from usaf.run import list_checkpoints, load_checkpoint
@@ -103,6 +104,18 @@ def test_a_run_that_diverges_ends_with_one_line(world: World, capsys: pytest.Cap
     assert [e["loss"] for e in events(folder, "step") if e["loss"] is None]  # null, since JSON has no nan
 
 
+def test_a_run_refused_before_its_first_checkpoint_leaves_no_folder(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        assert (tmp_path / "runs" / "refused" / "settings.json").is_file()
+        raise UserError("no")
+
+    monkeypatch.setattr("usaf.job.load", refuse)
+    assert world.train("refused", OUTPUT_DIR=tmp_path / "runs") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_take_away_leaves_what_is_not_ours(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tag"
     (folder / "checkpoints").mkdir(parents=True)
@@ -178,25 +191,26 @@ def test_resident_is_measured(world: World, monkeypatch: pytest.MonkeyPatch, fas
 
 
 def test_a_decision_is_taken_over_and_a_setting_goes_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runs import copy_run
-
-    folder = world.finished("decided", USE_RESIDENT="1", STEPS="1")
-    measured = []
-    monkeypatch.setattr(session_module, "seconds", lambda work: measured.append(1) or 0.0)
-    for changes, expected in (({}, True), ({"USE_RESIDENT": "0"}, False)):
-        copy = copy_run(folder, world.runs / "decided-again")
-        assert world.train(None, RESUME=copy, STEPS="1", **changes) == 0
-        assert read_json(copy / "settings.json")["decisions"]["resident"] is expected
-    assert measured == []
+    times = iter([1.0] * 5 + [0.5] * 5)
+    monkeypatch.setattr(session_module, "seconds", lambda work: next(times))  # once: a second measurement would fail
+    torch.set_num_threads(1)
+    folder = world.finished("decided", STEPS="1")
+    decisions = read_json(folder / "settings.json")["decisions"]
+    assert (decisions["resident"], decisions["threads"]) == (True, 1)
+    torch.set_num_threads(2)
+    copy = copy_run(folder, world.runs / "decided-again")
+    assert world.train(None, RESUME=copy, STEPS="1") == 0
+    assert read_json(copy / "settings.json")["decisions"] == decisions
+    assert torch.get_num_threads() == 1
+    assert world.train(None, RESUME=copy, STEPS="1", USE_RESIDENT="0") == 0
+    assert read_json(copy / "settings.json")["decisions"]["resident"] is False
 
 
 def test_another_processor_is_warned_of(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And has a cache of its own, since its bits may differ."""
-    from runs import copy_run
-
-    copy = copy_run(world.finished("decided", USE_RESIDENT="1", STEPS="1"), world.runs / "elsewhere")
+    copy = copy_run(world.finished("here", STEPS="1"), world.runs / "elsewhere")
     caches = len(list((world.runs / "cache").iterdir()))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SOMETHING ELSE")
     assert world.train(None, RESUME=copy, STEPS="1") == 0

@@ -168,10 +168,9 @@ class ExpertBank(nn.Module):
     @property
     def active(self) -> Tensor:
         """int64 [n]: the sorted flat indices, on the bank's device."""
-        counts = [end - first for first, end in itertools.pairwise(self.expert_starts)]
-        first_index = torch.arange(self.num_experts, dtype=torch.int64) * self.expert_size
-        shift = torch.repeat_interleave(first_index, torch.tensor(counts, dtype=torch.int64))
-        return self._within(slice(None)) + shift.to(self.device)
+        spans = enumerate(itertools.pairwise(self.expert_starts))
+        first_index = [torch.full((end - first,), e * self.expert_size) for e, (first, end) in spans]
+        return self._within(slice(None)) + torch.cat(first_index).to(self.device)
 
     def _within(self, part: slice) -> Tensor:
         """int64: places in the experts' own flattened [out, in]."""
