@@ -25,6 +25,7 @@ ROWS = [
     {"importance", "evaluation", "run"},
     {"trainer"},  # level 5
     {"session"},  # level 6: what every command needs before it works
+    {"summary"},
     {"job"},  # one run, phase by phase
     {"evaluate"},  # level 7, the commands
     {"train", "quantize"},

@@ -16,9 +16,10 @@ from usaf import session as session_module
 from usaf.data import DataOrder
 from usaf.errors import UserError
 from usaf.evaluation import Evaluation
-from usaf.job import Job, Totals, change_row, final_table, take_away
+from usaf.job import Job, take_away
 from usaf.run import list_checkpoints, load_checkpoint
 from usaf.session import decide_resident
+from usaf.summary import Totals, change_row, final_table
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +171,31 @@ def test_final_table_of_a_run_without_figures() -> None:
 
 def test_resident_needs_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     bank: Any = SimpleNamespace(numel=100)
+    host: Any = SimpleNamespace(name="cpu", device=torch.device("cpu"))
     monkeypatch.setattr(session_module, "available_bytes", lambda: 399)
-    chosen, reason = decide_resident([bank], "auto")
+    chosen, reason = decide_resident([bank], "auto", host)
     assert not chosen
-    assert "free" in reason
-    assert decide_resident([bank], "1") == (True, "USE_RESIDENT=1")
-    assert decide_resident([bank], "0") == (False, "USE_RESIDENT=0")
+    assert "0.0 GB of 0.0 GB" in reason
+    assert decide_resident([bank], "1", host) == (True, "USE_RESIDENT=1")
+    assert decide_resident([bank], "0", host) == (False, "USE_RESIDENT=0")
+
+
+@pytest.mark.parametrize(("held", "mark"), [(399, "16-bit copies would take"), (None, "does not say")])
+def test_resident_on_a_card_looks_at_the_card(monkeypatch: pytest.MonkeyPatch, held: int | None, mark: str) -> None:
+    """The copies lie there, however much the host has free."""
+    bank: Any = SimpleNamespace(numel=100)
+    card: Any = SimpleNamespace(name="cuda", device=torch.device("meta"), total_memory_bytes=lambda: held)
+    monkeypatch.setattr(session_module, "available_bytes", lambda: 10**12)
+    chosen, reason = decide_resident([bank], "auto", card)
+    assert not chosen
+    assert mark in reason
 
 
 @pytest.mark.parametrize("faster", [True, False], ids=["widening", "decoding"])
 def test_resident_is_measured(world: World, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     """The measurement alone decides, its reason is kept, and evaluation and resume take the decision over."""
     times = iter([1.0 if faster else 0.1] * 5 + [0.5] * 5)
-    monkeypatch.setattr(session_module, "seconds", lambda work: next(times))
+    monkeypatch.setattr(session_module, "seconds", lambda work, backend: next(times))
     tag = f"resident-{faster}"
     assert world.train(tag, STEPS=1) == 0
     decisions = read_json(world.runs / tag / "settings.json")["decisions"]
@@ -192,7 +205,8 @@ def test_resident_is_measured(world: World, monkeypatch: pytest.MonkeyPatch, fas
 
 def test_a_decision_is_taken_over_and_a_setting_goes_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0] * 5 + [0.5] * 5)
-    monkeypatch.setattr(session_module, "seconds", lambda work: next(times))  # once: a second measurement would fail
+    # Enough for one measurement: a second would fail.
+    monkeypatch.setattr(session_module, "seconds", lambda work, backend: next(times))
     torch.set_num_threads(1)
     folder = world.finished("decided", STEPS="1")
     decisions = read_json(folder / "settings.json")["decisions"]

@@ -267,6 +267,7 @@ def test_totals_go_on(world: World, stopped: Path) -> None:
     summary = read_json(stopped / "summary.json")
     assert summary["seconds_total"] > before["seconds"]
     assert summary["phase_seconds"]["importance"] == round(before["phase_seconds"]["importance"], 3)
+    assert summary["phase_seconds"]["load"] > round(before["phase_seconds"]["load"], 3)
     assert summary["peak_memory_bytes"] >= before["peak_private_bytes"] > 0
     after = load_checkpoint(list_checkpoints(stopped)[-1]).about["totals"]
     assert after["tokens"] == 12 * 48
@@ -359,7 +360,7 @@ def test_disk_full_while_saving(
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "_write_state", full)
-        assert world.train("full") in (1, 2)
+        assert world.train("full") == 1
     error = errors_of(capsys)
     assert os.strerror(errno.ENOSPC) in error
     assert "RESUME=auto" in error

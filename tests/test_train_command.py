@@ -215,9 +215,10 @@ def test_delta_holds_what_was_trained_and_nothing_that_was_dropped(world: World)
     assert active == read_json(folder / "summary.json")["active_parameters"]  # dropped ones left
 
 
-def test_experts_moved_agrees_with_the_file(world: World) -> None:
-    """Counted here with numpy over flat positions, expert by expert."""
-    folder = world.finished("plain")
+@pytest.mark.parametrize("frac", ["0.05", "2e-4"])
+def test_experts_moved_agrees_with_the_file(world: World, frac: str) -> None:
+    """Counted here with numpy over flat positions, expert by expert. With few active weights, few experts move."""
+    folder = world.finished(f"moved-{frac}", FRAC=frac)
     tensors = delta_tensors(folder)
     counted = []
     for layer in (2, 3):
@@ -229,6 +230,7 @@ def test_experts_moved_agrees_with_the_file(world: World) -> None:
             moved |= {e for e, weights in enumerate(flat.reshape(EXPERTS, rows)) if weights.any()}
         counted.append({"layer": layer, "experts": EXPERTS, "moved": len(moved)})
     assert read_json(folder / "summary.json")["experts_moved"] == counted
+    assert (min(layer["moved"] for layer in counted) < EXPERTS) == (frac == "2e-4")
 
 
 @pytest.mark.parametrize(

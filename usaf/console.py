@@ -107,10 +107,10 @@ def run_command(command: Callable[[], int]) -> int:
 def exit_status(command: Callable[[], int]) -> int:
     try:
         return command()
-    except UserError as error:
-        return fail(str(error), 2)
     except RunError as error:
         return fail(str(error), 1)
+    except UserError as error:
+        return fail(str(error), 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

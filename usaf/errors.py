@@ -1,4 +1,4 @@
-"""The one exception for everything a user can cause: commands print its single line and exit with status 2."""
+"""The exceptions for people: commands print their single line and exit, with status 2 for bad input, 1 otherwise."""
 
 from __future__ import annotations
 
@@ -11,5 +11,6 @@ class UserError(Exception):
         super().__init__(message)
 
 
-class RunError(Exception):
-    """One line for something that went wrong while a run was going well: exit status 1, finished work kept."""
+class RunError(UserError):
+    """One line for what went wrong in a run that was asked for rightly (a full disk, a loss that is not finite): exit
+    status 1, finished work kept."""

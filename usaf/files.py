@@ -6,6 +6,7 @@ moment leaves the old file or the new one. Nothing here replaces a file that is 
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -22,12 +23,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 
 SAFETENSORS_DTYPES = {
     torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
     torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO} if os.name != "nt" else {errno.ENOSPC}
 ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
 
 
@@ -59,7 +61,8 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         overwrite: False keeps a `path` that another process made meanwhile, and drops this one's work.
 
     Raises:
-        UserError: full disk, no rights, not a folder.
+        UserError: no rights, not a folder.
+        RunError: full disk.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
@@ -73,8 +76,9 @@ def replacing(path: Path, overwrite: bool = True) -> Iterator[IO[bytes]]:
         if os.name == "nt" and (overwrite or not path.exists()):  # Windows renames closed files only
             os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: could not be written ({error.strerror or error}); free space or check the rights of "
-                        f"{path.parent}") from error  # fmt: skip
+        kind = RunError if error.errno in FULL_DISK else UserError
+        raise kind(f"{path}: could not be written ({error.strerror or error}); free space or check the rights of "
+                   f"{path.parent}") from error  # fmt: skip
     finally:
         with suppress(OSError):  # it is there only where something went wrong, and that is what is to be told
             partial.unlink()

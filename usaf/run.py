@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 from usaf.files import FolderLock, TensorFileWriter, flush, flush_folder, write_json
 from usaf.settings import ResolvedSettings
 
@@ -89,7 +89,7 @@ class RunFolder:
         after a save, and nothing but times would differ.
 
         Raises:
-            UserError: it could not be written; the earlier checkpoints are whole.
+            RunError: it could not be written; the earlier checkpoints are whole.
         """
         final = self.checkpoints / f"step-{step:06d}"
         partial = self.checkpoints / f".partial-{step:06d}"
@@ -135,8 +135,8 @@ class RunFolder:
         self.lock.release()
 
 
-def could_not_be_saved(path: Path, error: OSError) -> UserError:
-    return UserError(
+def could_not_be_saved(path: Path, error: OSError) -> RunError:
+    return RunError(
         f"{path}: could not be saved ({error.strerror or error}); earlier checkpoints are whole: free some space and "
         "go on with RESUME=auto"
     )

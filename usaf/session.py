@@ -76,7 +76,8 @@ class Session:
         return {
             "model": self.model.base_fingerprint,
             "torch": torch.__version__, "transformers": transformers.__version__,
-            "device": self.backend.name, "compute": str(self.backend.compute_dtype),
+            "usaf": __version__, "device": self.backend.name, "device name": self.backend.description,
+            "compute": str(self.backend.compute_dtype),
             "threads": self.decisions["threads"], "cpu": self.decisions["cpu_capability"],
             "attention": self.decisions["attention"],
         }  # fmt: skip
@@ -123,7 +124,7 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of the checkpoint's dense weights (of its embeddings)."""
     for target in checkpoint.sources:
         if "embed" in target:
-            return checkpoint.read(target).dtype
+            return checkpoint.dtype(target)
     return torch.bfloat16
 
 
@@ -258,9 +259,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def load(session: Session, done: PhaseDone | None = None) -> None:
     """The 4-bit experts (made where there are none), the model, and its trainable layers in their place."""
     values = session.settings.values
-    began = time.perf_counter()
     bar = LateBar("quantise", "expert", done)
     store = open_or_make(session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar)
+    began = time.perf_counter()
     session.model = build_model(session.checkpoint, store, session.backend)
     session.loaded = True
     session.checkpoint.close()
@@ -279,7 +280,7 @@ def choose_resident(session: Session) -> None:
     chosen = session.decisions["resident"]
     setting = session.settings.values.use_resident
     if chosen is None or setting != "auto":  # it decides no bit, so a setting given on resume counts
-        chosen, reason = decide_resident(banks, setting)
+        chosen, reason = decide_resident(banks, setting, session.backend)
         session.decisions["resident"], session.decisions["resident_reason"] = chosen, reason
         say(f"resident experts: {'yes' if chosen else 'no'} ({reason})")
     if chosen:
@@ -287,26 +288,31 @@ def choose_resident(session: Session) -> None:
             make_resident(bank)
 
 
-def decide_resident(banks: list[ExpertBank], setting: str) -> tuple[bool, str]:
-    """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at free memory."""
+def decide_resident(banks: list[ExpertBank], setting: str, backend: Backend) -> tuple[bool, str]:
+    """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at the memory that
+    the copies would take: the host's free memory, or a share of the card's."""
     if setting in ("0", "1"):
         return setting == "1", f"USE_RESIDENT={setting}"
-    needed, free = sum(2 * bank.numel for bank in banks), available_bytes()
+    needed = sum(2 * bank.numel for bank in banks)
+    free = available_bytes() if backend.device.type == "cpu" else backend.total_memory_bytes()
+    if free is None:
+        return False, f"{backend.name} does not say how much memory it has"
     if needed > RESIDENT_SHARE * free:
-        return False, f"16-bit copies would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        return False, f"16-bit copies would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
     bank = banks[0]
     copy = dequantize(bank.base.expert(0), torch.float16)
-    decode = min(seconds(lambda: dequantize(bank.base.expert(0))) for _ in range(5))
-    widen = min(seconds(lambda: copy.to(torch.float32)) for _ in range(5))
+    decode = min(seconds(lambda: dequantize(bank.base.expert(0)), backend) for _ in range(5))
+    widen = min(seconds(lambda: copy.to(torch.float32), backend) for _ in range(5))
     return decode > RESIDENT_MARGIN * widen, (
         f"decoding an expert takes {decode * 1e3:.2f} ms, widening a 16-bit copy {widen * 1e3:.2f} ms; "
         f"the copies take {needed / 1e9:.2f} GB"
     )
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], backend: Backend) -> float:
     began = time.perf_counter()
     work()
+    backend.synchronize()
     return time.perf_counter() - began
 
 
@@ -338,6 +344,7 @@ def fill_all(states: list[BoundaryStates], done: PhaseDone | None = None) -> Non
     pending = sum(s.pending_tokens() for s in states)
     if pending == 0:
         return
+    say(f"frozen prefix: states are kept in {next(s.cache.folder.parent for s in states if s.cache is not None)}")
     with phase("frozen prefix", pending, "tok", done) as bar:
         for state in states:
             for note in state.fill(bar.update):
