@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,11 +94,16 @@ def test_checkpoints_carry_the_totals(world: World) -> None:
 # ---- when it goes wrong ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_diverges_ends_with_one_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert world.train("diverges", LR_PEAK="1e30", ROUTER_LR="1e30", EVAL_EVERY="0") == 1
+def test_a_run_that_diverges_ends_with_one_line(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = lambda _model, hidden, *_: (math.nan, torch.zeros_like(hidden))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr("usaf.trainer.loss_and_gradient", lost)
+        assert world.train("diverges", LR_PEAK="0.5", EVAL_EVERY="0") == 1
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
     assert len(errors) == 1
-    assert "LR_PEAK=1e+30" in errors[0]
+    assert "LR_PEAK=0.5" in errors[0]
     assert "5 steps in a row" in errors[0]
     folder = world.runs / "diverges"
     assert list_checkpoints(folder)

@@ -71,6 +71,12 @@ class LateBar:
         self._bar.update(finished - self._bar.n)
         if finished == total:
             self._context.__exit__(None, None, None)
+            self._bar = None
+
+    def abandon(self) -> None:
+        """Close a bar that did not come to its end, so that an error has a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:

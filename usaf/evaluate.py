@@ -45,8 +45,10 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     moved = {"model": arguments.model, "quant_path": arguments.quant, "dataset_path": arguments.dataset,
              "heldout_path": arguments.heldout}  # fmt: skip
     settings = settings.replace("flag", **{name: value for name, value in moved.items() if value is not None})
-    if settings.values.quant_path is None and Path(delta.about["decisions"]["quant_path"]).is_file():
-        settings = settings.replace("run", quant_path=delta.about["decisions"]["quant_path"])
+    used = delta.about["decisions"]["quant_path"]
+    # A base that has moved has its own 4-bit file beside it.
+    if arguments.model is None and settings.values.quant_path is None and Path(used).is_file():
+        settings = settings.replace("run", quant_path=used)
     session = prepare(settings, delta.about["decisions"], train=False)
     load(session)
     if not arguments.base:

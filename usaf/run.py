@@ -192,7 +192,8 @@ def find_resumable(output_dir: Path, run_tag: str | None) -> Path | None:
         return folder if (folder / "settings.json").is_file() else None
     if not output_dir.is_dir():
         return None
-    unfinished = [p.parent for p in output_dir.glob("*/settings.json") if not (p.parent / "summary.json").is_file()]
+    runs = [p.parent for p in output_dir.glob("*/settings.json") if not p.parent.name.startswith(".")]
+    unfinished = [folder for folder in runs if not (folder / "summary.json").is_file()]
     return max(unfinished, key=lambda p: (p / "settings.json").stat().st_mtime, default=None)
 
 

@@ -260,7 +260,10 @@ def load(session: Session, done: PhaseDone | None = None) -> None:
     """The 4-bit experts (made where there are none), the model, and its trainable layers in their place."""
     values = session.settings.values
     bar = LateBar("quantise", "expert", done)
-    store = open_or_make(session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar)
+    try:
+        store = open_or_make(session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar)
+    finally:
+        bar.abandon()
     began = time.perf_counter()
     session.model = build_model(session.checkpoint, store, session.backend)
     session.loaded = True

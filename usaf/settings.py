@@ -182,7 +182,9 @@ class Settings:
     accum: int = _setting(1, _at_least(1), "micro-batches per step")
     seq_len: int = _setting(512, _at_least(8), "tokens per sequence when the data is text")
     lr_peak: float = _setting(
-        2e-4, _real("above 0", lambda value: value > 0), "peak learning rate of the deltas, warm-up then cosine"
+        2e-4,
+        _real("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "peak learning rate of the deltas, warm-up then cosine",
     )
     reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
     use_cuda: bool | None = _setting(
@@ -230,7 +232,7 @@ class Settings:
 
     router_lr: float = _setting(
         5e-5,
-        _real("of at least 0", lambda value: value >= 0),
+        _real("from 0 to 1", lambda value: 0 <= value <= 1),
         "peak learning rate of the routers; 0 = routers frozen",
     )
     grad_clip: float = _setting(
