@@ -64,7 +64,7 @@ def test_out_of_memory_is_one_line_with_remedies(error: Exception, capsys: pytes
     assert run_command(raising(error)) == 1
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert re.match(r"error: out of memory \(.+\); lower MICROBATCH, .*RESUME=auto\n", line)
+    assert re.match(r"error: out of memory \(.+\); .*RESUME=auto .* lower MICROBATCH, .*TRAIN_FROM\n", line)
 
 
 def test_out_of_memory_as_torch_says_it_on_this_machine() -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from usaf.errors import UserError
 from usaf.experts import ExpertBank
 from usaf.linear import FrozenEmbedding, FrozenLinear, WidenedLinear
 from usaf.loss import count_targets, loss_and_gradient, loss_sum
-from usaf.model import SparseModel, find_router
+from usaf.model import SparseModel, find_router, keeps_fp32
 from usaf.packing import keeps_documents_apart
 from usaf.quantization import dequantize
 
@@ -577,3 +578,13 @@ def test_autograd_keeps_no_widened_weight_and_no_decoded_expert(checkpoint_of: C
     others = [t.numel() for t in kept if t.is_floating_point() and t.data_ptr() not in own]
     assert len(others) > 20
     assert max(others) < 64 * 48 / 2
+
+
+def test_what_a_family_keeps_in_fp32_is_not_rounded_to_the_compute_type() -> None:
+    """A correction bias in 16 bits would choose other experts: all below the router, and what a family declares."""
+    stub: Any = SimpleNamespace(_keep_in_fp32_modules_strict={"expert_bias"}, _keep_in_fp32_modules=None)
+    routers = {"layers.1.mlp.gate"}
+    assert keeps_fp32(stub, "layers.1.mlp.gate.moe_statics.e_score_correction_bias", routers)
+    assert keeps_fp32(stub, "layers.1.mlp.expert_bias", routers)
+    assert keeps_fp32(stub, "layers.1.mlp.gate.weight", routers)
+    assert not keeps_fp32(stub, "layers.1.mlp.gate_proj.weight", routers)

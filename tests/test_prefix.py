@@ -533,12 +533,13 @@ def test_full_disk(
 ) -> None:  # fmt: skip
     """The cache keeps what fits, says so once, and the rest is computed on demand, to the same bits."""
     ends = [0, 33, 64, 81, 93]
-    room = ends[free_chunks] * 128 / (1 - prefix.SPARE_DISK) + 1
+    spare = 1000  # 5% of a disk of 20,000 bytes are left alone
+    room = spare + ends[free_chunks] * 128 + 1
     monkeypatch.setattr(prefix, "STRETCH_BYTES", 1)
 
     def usage(folder: Path) -> Usage:
         used = sum(path.stat().st_size for path in Path(folder).glob("states.bin"))
-        return Usage(0, 0, room - used / (1 - prefix.SPARE_DISK))
+        return Usage(20_000, 0, room - used)
 
     monkeypatch.setattr(prefix.shutil, "disk_usage", usage)
     states = states_of(model, rows, tmp_path)

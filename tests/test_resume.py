@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -209,7 +210,7 @@ def test_a_resumed_run_keeps_its_own_settings(world: World, stopped: Path) -> No
 @pytest.mark.parametrize(
     "changes",
     [{"SAVE_EVERY": "1"}, {"EVAL_EVERY": "6"}, {"USE_RESIDENT": "0"}, {"USE_RESIDENT": "1"}, {"USE_FROZEN_CACHE": "0"},
-     {"KEEP_CHECKPOINTS": "1", "EVAL_SAMPLES": "4"}],
+     {"KEEP_CHECKPOINTS": "1"}],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()),
 )  # fmt: skip
 def test_settings_that_shape_no_result_may_change(world: World, stopped: Path, changes: dict[str, str]) -> None:
@@ -224,7 +225,7 @@ def test_settings_that_shape_no_result_may_change(world: World, stopped: Path, c
     ("name", "value"),
     [("SEED", "1"), ("STEPS", "13"), ("LR_PEAK", "1e-3"), ("FRAC", "0.06"), ("MICROBATCH", "1"), ("ACCUM", "2"),
      ("RESELECT_EVERY", "6"), ("TRAIN_FROM", "1"), ("GRAD_CLIP", "0.5"), ("CACHE_DTYPE", "fp32"),
-     ("IMPORTANCE_SAMPLES", "4"), ("CPU_THREADS", "1"), ("PREFIX_CHUNK_TOKENS", "50")],
+     ("IMPORTANCE_SAMPLES", "4"), ("EVAL_SAMPLES", "3"), ("CPU_THREADS", "1"), ("PREFIX_CHUNK_TOKENS", "50")],
 )  # fmt: skip
 def test_settings_that_shape_the_result_are_refused_by_name(
     world: World, stopped: Path, capsys: pytest.CaptureFixture[str], name: str, value: str
@@ -504,3 +505,34 @@ def test_killed_at_random_times(world: World, tmp_path: Path, seed: int) -> None
         assert status == -signal.SIGKILL, (tmp_path / "log").read_text(encoding="utf-8")
     assert world.train(tag, RESUME="auto") == 0
     assert_as_undisturbed(world, world.runs / tag)
+
+
+# ---- moved, or on another device ------------------------------------------------------------------------------------
+
+
+def test_data_that_moved_unchanged_goes_on(own_world: World) -> None:
+    """Its content is what counts, not its path."""
+    moved = own_world.data.rename(own_world.root / "elsewhere.jsonl")
+    assert own_world.train("run", RESUME="auto", DATASET_PATH=moved) == 0
+    assert (own_world.runs / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "value"), [("device", "cuda"), ("compute", "bfloat16")])
+def test_another_device_is_refused(own_world: World, capsys: pytest.CaptureFixture[str], name: str, value: str) -> None:
+    for state in (own_world.runs / "run" / "checkpoints").glob("*/state.json"):
+        about = read_json(state)
+        about["decisions"][name] = value
+        state.write_text(json.dumps(about), encoding="utf-8")
+    before = contents(own_world.runs / "run")
+    assert own_world.train("run", RESUME="auto") == 2
+    error = errors_of(capsys)
+    assert value in error
+    assert "would go on on cpu in float32" in error
+    assert contents(own_world.runs / "run") == before
+
+
+def test_without_a_checkpoint_settings_may_change(own_world: World) -> None:
+    """Out of memory in importance: lower the setting it names and go on."""
+    shutil.rmtree(own_world.runs / "run" / "checkpoints")
+    assert own_world.train("run", RESUME="auto", IMPORTANCE_SAMPLES="2") == 0
+    assert read_json(own_world.runs / "run" / "settings.json")["settings"]["IMPORTANCE_SAMPLES"]["value"] == 2

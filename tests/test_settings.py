@@ -101,7 +101,9 @@ SHAPES_NOTHING = {
     "RUN_TAG",
     "OUTPUT_DIR",
     "RESUME",
-    "EVAL_SAMPLES",
+    "MODEL",
+    "DATASET_PATH",
+    "HELDOUT_PATH",
     "PREFIX_CACHE_DIR",
     "KEEP_CHECKPOINTS",
 }
@@ -612,7 +614,6 @@ def test_changed_settings_names_what_shapes_the_result():
         ["--lr-peak=1e-3", "--frac=0.01", "--model=m", "--save-every=1", "--run-tag=b"], {"USE_AMP": "0"}, {}
     )
     assert changed_settings(old, new) == [
-        "MODEL: was unset, now m",
         "LR_PEAK: was 2e-4, now 0.001",
         "USE_AMP: was 1, now 0",
     ]
@@ -632,3 +633,8 @@ def test_what_the_old_run_decided_itself_is_taken_over_when_left_open():
     assert changed_settings(old, load_settings([], {}, {}).replace("measured", cpu_threads=4, train_from=40)) == [
         "CPU_THREADS: was 2, now 4"
     ]
+
+
+@pytest.mark.parametrize("tag", ["cache", "Cache"])
+def test_no_run_lives_in_the_folder_that_users_may_delete(tag):
+    assert f"RUN_TAG={tag}" in refusal(environ={"RUN_TAG": tag})

@@ -166,7 +166,7 @@ def test_the_default_first_trainable_layer_is_printed_as_a_number(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert world.train("default-start", TRAIN_FROM=None, STEPS=1) == 0
-    assert ["TRAIN_FROM", "3", "default"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert "settled: TRAIN_FROM = 3 (default)" in capsys.readouterr().out.splitlines()
 
 
 def test_the_final_table_tells_the_summary(world: World, capsys: pytest.CaptureFixture[str]) -> None:

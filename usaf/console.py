@@ -127,8 +127,9 @@ def exit_status(command: Callable[[], int]) -> int:
         if not is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return fail(f"out of memory ({first}); lower MICROBATCH, SEQ_LEN, IMPORTANCE_SAMPLES or CAPTURE_STEPS, or "
-                    "raise TRAIN_FROM; finished work is kept: go on with RESUME=auto", 1)  # fmt: skip
+        return fail(f"out of memory ({first}); finished work is kept: go on with RESUME=auto when more is free, or "
+                    "begin anew with a lower MICROBATCH, SEQ_LEN, IMPORTANCE_SAMPLES or CAPTURE_STEPS, or a higher "
+                    "TRAIN_FROM", 1)  # fmt: skip
 
 
 def fail(line: str, status: int) -> int:

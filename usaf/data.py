@@ -312,7 +312,7 @@ class _Corpus:
 
     @classmethod
     def read(cls, path: str | PathLike[str], vocab_size: int) -> _Corpus:
-        samples = read_samples(Path(path))
+        samples = read_samples(Path(path).expanduser())
         if samples.kind != "tokens":
             return cls(samples, "aligned")
         check_tokens(samples, vocab_size)

@@ -23,6 +23,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quant", metavar="PATH", help="the 4-bit experts, if they have moved since the run")
     parser.add_argument("--dataset", help="the run's training data, if it has moved (its in_domain split is evaluated)")
     parser.add_argument("--heldout", help="held-out data in place of the run's: JSONL files, comma-separated")
+    parser.add_argument("--use-cuda", choices=("0", "1"), help="another device than the run's; its bits may differ")
     parser.add_argument("--base", action="store_true", help="leave the delta out: the 4-bit base alone")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args(argv)
@@ -44,6 +45,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     settings = ResolvedSettings.from_json(delta.about["settings"])
     moved = {"model": arguments.model, "quant_path": arguments.quant, "dataset_path": arguments.dataset,
              "heldout_path": arguments.heldout}  # fmt: skip
+    if arguments.use_cuda is not None:
+        settings = settings.replace("flag", use_cuda=arguments.use_cuda == "1")
     settings = settings.replace("flag", **{name: value for name, value in moved.items() if value is not None})
     used = delta.about["decisions"]["quant_path"]
     # A base that has moved has its own 4-bit file beside it.

@@ -151,9 +151,14 @@ class ExpertBank(nn.Module):
         they are 24 million.
         """
         assert active.shape == delta.shape
+        if len(active) == 0:  # every frozen layer's bank: no tables
+            self.expert_starts: list[int] = [0] * (self.num_experts + 1)
+            self.rows = self.columns = self.row_starts = torch.zeros(0, dtype=torch.int32, device=self.device)
+            self.delta = nn.Parameter(delta.to(self.device, torch.float32))
+            return
         active = active.cpu()
         bounds = torch.arange(self.num_experts + 1, dtype=torch.int64) * self.expert_size
-        self.expert_starts: list[int] = torch.searchsorted(active, bounds).tolist()
+        self.expert_starts = torch.searchsorted(active, bounds).tolist()
         within = active % self.expert_size
         per_row = torch.div(active, self.in_features, rounding_mode="floor")
         starts = torch.searchsorted(per_row, torch.arange(self.num_experts * self.out_features + 1))

@@ -137,9 +137,18 @@ def existing_parent(folder: Path) -> Path:
     raise UserError(f"{folder}: no such drive; give a folder on a disk that is there")
 
 
+def json_numbers(value: Any) -> Any:
+    """`value` with None for every number that JSON does not have (nan, inf), however deep it lies."""
+    if isinstance(value, dict):
+        return {key: json_numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, data: object) -> None:
     with replacing(path) as file:
-        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+        file.write((json.dumps(json_numbers(data), indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 class TensorFileWriter:

@@ -20,13 +20,13 @@ from typing import Any
 
 from usaf.console import phase, say
 from usaf.delta import save_delta
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
 from usaf.importance import find_important, sample_chunks
 from usaf.memory import PeakMemory
 from usaf.run import RunFolder, SavedState, list_checkpoints, load_checkpoint
 from usaf.session import Session, default_tag, evaluate_all, fill_all, load, output_folder, prepare, versions
-from usaf.settings import ResolvedSettings
+from usaf.settings import FIELDS, ResolvedSettings
 from usaf.summary import Totals, expert_parameters, final_table, finite, summarise
 from usaf.trainer import ReselectResult, StepResult, Trainer
 
@@ -230,6 +230,7 @@ class Job:
             earlier.phase_seconds[name] = earlier.phase_seconds.get(name, 0.0) + seconds
         earlier.prefix_tokens_per_second = now.prefix_tokens_per_second or earlier.prefix_tokens_per_second
         self.totals, self.saved_step = earlier, trainer.step
+        saved.tensors.clear()  # the caller holds `saved` to the end of the run
         say(f"resumed at step {trainer.step}")
 
     def write_settings(self) -> None:
@@ -309,8 +310,9 @@ def run_job(settings: ResolvedSettings, resume_from: Path | None) -> int:
 def begin(settings: ResolvedSettings, memory: PeakMemory) -> int:
     """A new run in a new folder."""
     refuse_taken_tag(settings)
+    say(settings.table())
     session = prepare(settings)
-    announce(session)
+    announce(session, settings)
     parent = output_folder(session.settings.values)
     parent_is_ours = not parent.exists()
     run = RunFolder(parent / (settings.values.run_tag or default_tag()))
@@ -319,6 +321,8 @@ def begin(settings: ResolvedSettings, memory: PeakMemory) -> int:
         job = Job(session, run, memory)
         job.write_settings()  # so that a run killed before its first checkpoint can be resumed too
         return job.execute(None)
+    except RunError:
+        raise  # a full disk is no refusal: the folder is what RESUME goes on from
     except UserError:
         if not list_checkpoints(run.folder):
             run.close()
@@ -334,20 +338,27 @@ def resume(settings: ResolvedSettings, folder: Path, memory: PeakMemory) -> int:
     try:
         checkpoints = list_checkpoints(folder)
         saved = load_checkpoint(checkpoints[-1]) if checkpoints else None
+        say(settings.table())
         session = prepare(settings, saved.about["decisions"] if saved else None)
         if saved is not None:
+            refuse_other_device(saved, session, folder)
             refuse_change("data", saved, session.data_fingerprint, folder)
-        announce(session)
+        announce(session, settings)
         say(f"run: {folder}")
         return Job(session, run, memory).execute(saved)
     finally:
         run.close()
 
 
-def announce(session: Session) -> None:
-    """Every setting, the device and why, and what was found in the data."""
-    say(session.settings.table())
+def announce(session: Session, asked: ResolvedSettings) -> None:
+    """What model and data settled of the settings, the device and why, and what was found in the data."""
     say()
+    for name in FIELDS:
+        value = getattr(session.settings.values, name)
+        if value != getattr(asked.values, name):
+            say(f"settled: {name.upper()} = {value} ({session.settings.sources[name]})")
+    chosen = session.decisions
+    say(f"settled: CPU_THREADS = {chosen['threads']}, ATTENTION = {chosen['attention']}")
     say(f"device: {session.backend.name}, {session.backend.description} ({session.backend.reason})")
     for note in session.data.notes:
         say(f"data: {note}")
@@ -362,11 +373,25 @@ def refuse_taken_tag(settings: ResolvedSettings) -> None:
         )
 
 
+def refuse_other_device(saved: SavedState, session: Session, folder: Path) -> None:
+    """Another device computes in another type and rounds otherwise: never silently."""
+    was, now = saved.about["decisions"], session.decisions
+    for name in ("device", "compute"):
+        if was[name] != now[name]:
+            raise UserError(
+                f"RESUME={folder}: the run began on {was['device']} in {was['compute']}, and this would go on on "
+                f"{now['device']} in {now['compute']} ({session.backend.reason}); make the first available, or start a "
+                "new run"
+            )
+
+
 def refuse_change(what: str, saved: SavedState, now: str, folder: Path) -> None:
     """what: model or data."""
+    named = {"model": "MODEL, QUANT_PATH", "data": "DATASET_PATH, HELDOUT_PATH, EVAL_SAMPLES, the tokenizer"}[what]
     if saved.about[f"{what}_fingerprint"] != now:
         raise UserError(
-            f"RESUME={folder}: the {what} is no longer what this run began with; restore its files, or start a new run"
+            f"RESUME={folder}: the {what} is no longer what this run began with ({named}); restore its files, or start "
+            "a new run"
         )
 
 

@@ -83,7 +83,7 @@ class SparseModel:
 
     @contextmanager
     def placed(self, layer: int) -> Iterator[None]:
-        """A frozen layer on the compute device for as long as it is needed; the host keeps its (mapped) weights."""
+        """A frozen layer on the compute device for as long as it is needed; the host keeps its own."""
         device = self.backend.device
         if device.type == "cpu":
             yield
@@ -283,7 +283,7 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, routers: set[str
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if value.is_floating_point():
-        if owner_name in routers or attribute in owner._buffers:
+        if attribute in owner._buffers or keeps_fp32(model, name, routers):
             value = value.to(torch.float64 if backend.compute_dtype == torch.float64 else torch.float32)
         elif type(owner) in (nn.Linear, nn.Embedding):
             value = backend.held(value)
@@ -294,6 +294,14 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, routers: set[str
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[attribute] = value
+
+
+def keeps_fp32(model: PreTrainedModel, name: str, routers: set[str]) -> bool:
+    """Routers with all that belongs to them, and what the family itself declares: correction biases that are rounded to
+    16 bits would choose other experts."""
+    declared = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
+    of_router = any(name.startswith(f"{router}.") for router in routers)
+    return of_router or any(pattern in name for pattern in declared)
 
 
 def initialise_tables(model: PreTrainedModel) -> None:

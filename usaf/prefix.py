@@ -33,8 +33,8 @@ from usaf.model import SparseModel
 STRETCH_BYTES = 512 << 20
 """Activations held at once while a stretch of chunks goes through the frozen layers one layer at a time."""
 
-SPARE_DISK = 0.05
-"""Share of the free disk that a cache leaves alone."""
+SPARE_DISK, SPARE_DISK_BYTES = 0.05, 8 << 30
+"""Share of the disk that a cache leaves free, but no more than so many bytes: checkpoints are to fit beside it."""
 
 LAYOUT = 2
 """Version of the cache's files: another one is another cache."""
@@ -258,8 +258,8 @@ class _CacheFile:
         if self.token_shape is None or not self.folder.is_dir():
             return
         needed = sum(end - begin for c in chunks for begin, end in map(self._place, self.chunks[c]))
-        free = shutil.disk_usage(self.folder).free
-        if needed > free * (1 - SPARE_DISK):
+        total, _, free = shutil.disk_usage(self.folder)
+        if needed > free - min(SPARE_DISK * total, SPARE_DISK_BYTES):
             raise _NotWritten(f"the disk is full ({free / 1e9:.2f} GB free)")
 
     def write(self, states: dict[int, dict[int, Tensor]]) -> None:

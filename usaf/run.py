@@ -9,7 +9,6 @@ new one is whole. A process killed at any moment therefore resumes from the newe
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from usaf.errors import RunError, UserError
-from usaf.files import FolderLock, TensorFileWriter, flush, flush_folder, write_json
+from usaf.files import FULL_DISK, FolderLock, TensorFileWriter, flush, flush_folder, json_numbers, write_json
 from usaf.settings import ResolvedSettings
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
@@ -49,7 +48,8 @@ class RunFolder:
             for leftover in self.checkpoints.glob(".partial-*"):  # of a killed process
                 shutil.rmtree(leftover)
         except OSError as error:
-            raise UserError(
+            kind = RunError if error.errno in FULL_DISK else UserError
+            raise kind(
                 f"OUTPUT_DIR: {folder} cannot be made or written ({error.strerror}); choose a folder that can be"
             ) from error
         self.metrics_path = folder / "metrics.jsonl"
@@ -62,7 +62,7 @@ class RunFolder:
         write_json(self.folder / "settings.json", {"settings": settings.to_json(), **about})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_json(self.folder / "summary.json", json_numbers(summary))
+        write_json(self.folder / "summary.json", summary)
 
     def log(self, event: str, **values: Any) -> None:
         """One line of metrics.jsonl. Numbers that JSON cannot hold (nan, inf) are written as null."""
@@ -140,15 +140,6 @@ def could_not_be_saved(path: Path, error: OSError) -> RunError:
         f"{path}: could not be saved ({error.strerror or error}); earlier checkpoints are whole: free some space and "
         "go on with RESUME=auto"
     )
-
-
-def json_numbers(value: Any) -> Any:
-    """`value` with None for every number that JSON does not have (nan, inf), however deep it lies."""
-    if isinstance(value, dict):
-        return {key: json_numbers(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_numbers(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -67,9 +67,7 @@ class RunningTopK:
         assert bool(scores.min() >= 0), "scores must be >= 0 and not NaN"
         candidates = scores >= self._threshold
         if exclude is not None:
-            # Counting, not searching: DirectML has no searchsorted.
-            begin = int((exclude < first_index).sum())
-            end = int((exclude < first_index + len(scores)).sum())
+            begin, end = _span(exclude, first_index, first_index + len(scores))
             candidates[(exclude[begin:end] - first_index).to(scores.device)] = False
         positions = candidates.nonzero().flatten()
         if len(positions) == 0:
@@ -104,6 +102,14 @@ class RunningTopK:
         if len(indices) == self._k:
             self._threshold = float(scores.min())
         self._held, self._held_count = [(indices, scores)], len(indices)
+
+
+def _span(ordered: Tensor, low: int, high: int) -> tuple[int, int]:
+    """Where the values from `low` to below `high` stand in a sorted tensor."""
+    if ordered.device.type == "cpu":
+        begin, end = torch.searchsorted(ordered, torch.tensor([low, high])).tolist()
+        return begin, end
+    return int((ordered < low).sum()), int((ordered < high).sum())  # DirectML has no searchsorted
 
 
 def overlap(a: Tensor, b: Tensor) -> float:

@@ -39,7 +39,7 @@ from usaf.model import SparseModel, build_model
 from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
-from usaf.settings import ResolvedSettings, Settings
+from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
@@ -113,7 +113,7 @@ def output_folder(values: Settings) -> Path:
 def cache_folder(values: Settings) -> Path:
     if values.prefix_cache_dir is not None:
         return Path(values.prefix_cache_dir).expanduser()
-    return output_folder(values) / "cache"
+    return output_folder(values) / CACHE_FOLDER
 
 
 def longest_row(rows: Rows) -> int:
@@ -167,8 +167,13 @@ def decide(values: Settings, backend: Backend, earlier: dict[str, Any]) -> dict[
         "attention": values.attention if values.attention != "auto" else backend.attention,
         "resident": None,
         **earlier,
-        "cpu_capability": capability,  # the one fact of the machine that cannot be taken over
+        # Facts of this machine, which cannot be taken over.
+        "cpu_capability": capability,
+        "device": backend.name,
+        "compute": str(backend.compute_dtype).removeprefix("torch."),
     }
+    if backend.attention == "eager":
+        chosen["attention"] = "eager"  # the other one would leave this device
     if earlier and earlier["cpu_capability"] != capability:
         say(f"warning: this began on a processor with {earlier['cpu_capability']}, and this one has {capability}: "
             "results may differ in their last bits")  # fmt: skip

@@ -33,6 +33,8 @@ from usaf.errors import UserError
 
 IGNORE_VARIABLE = "USAF_IGNORE"
 MAX_EDITS = 2
+CACHE_FOLDER = "cache"
+"""The prefix cache's place in OUTPUT_DIR, which users may delete: no run may live there."""
 OTHER_TOOLS = {"FC"}
 """Names within two edits of a setting (FRAC) that belong to every compiler's environment."""
 
@@ -106,7 +108,7 @@ def _switch() -> Check:
 def _is_folder_name(tag: str) -> bool:
     """Whether `tag` names one folder on Linux, macOS and Windows alike (Windows drops a last dot, so none may end)."""
     plain = re.fullmatch(r"[A-Za-z0-9._-]{1,100}", tag) is not None and not tag.endswith(".")
-    return plain and _WINDOWS_RESERVED.fullmatch(tag) is None
+    return plain and _WINDOWS_RESERVED.fullmatch(tag) is None and tag.lower() != CACHE_FOLDER
 
 
 def _shown(value: object, limit: int | None = None) -> str:
@@ -144,9 +146,10 @@ class Settings:
         _text("a Hugging Face id or a local folder", "MODEL"),
         "Hugging Face id or local folder of an MoE checkpoint",
         unset="the bundled demo",
+        shapes_result=False,  # nor of the data: content is fingerprinted, wherever it lies
     )
     dataset_path: str | None = _setting(
-        None, _text("a file", "FILE"), "training data, JSONL", unset="the bundled demo's"
+        None, _text("a file", "FILE"), "training data, JSONL", unset="the bundled demo's", shapes_result=False
     )
     heldout_path: str | None = _setting(
         None,
@@ -157,6 +160,7 @@ class Settings:
         ),
         "held-out data, JSONL; several files, comma-separated, each reported by name",
         unset="the bundled demo's, else a seeded split of the training data",
+        shapes_result=False,
     )
     quant_path: str | None = _setting(
         None,
@@ -251,7 +255,7 @@ class Settings:
         4, _at_least(1), "ordinary training steps before a reselection whose gradients rank the candidates"
     )
     importance_samples: int = _setting(64, _at_least(2), "sequences whose gradients choose the first active weights")
-    eval_samples: int = _setting(64, _at_least(0), "sequences per evaluation set, 0 = all", shapes_result=False)
+    eval_samples: int = _setting(64, _at_least(0), "sequences per evaluation set, 0 = all")
     in_domain_fraction: float = _setting(
         0.05,
         _real("above 0 and below 0.5", lambda value: 0 < value < 0.5),

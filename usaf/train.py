@@ -46,7 +46,7 @@ def choose_folder(settings: ResolvedSettings) -> tuple[Path | None, ResolvedSett
     Raises:
         UserError: RESUME names no run, or a setting that shapes the result was given another value.
     """
-    from usaf.run import find_resumable, read_settings
+    from usaf.run import find_resumable, list_checkpoints, read_settings
 
     values = settings.values
     if values.resume is None:
@@ -65,7 +65,7 @@ def choose_folder(settings: ResolvedSettings) -> tuple[Path | None, ResolvedSett
     old = ResolvedSettings.from_json(read_settings(folder)["settings"])
     merged = merge_settings(old, settings)
     changed = changed_settings(old, merged)
-    if changed:
+    if changed and list_checkpoints(folder):  # without a checkpoint there is no result yet to shape
         raise UserError(
             f"RESUME={folder}: {'; '.join(changed)}; a resumed run keeps what shapes its result: leave it out, or "
             "start a new run"
