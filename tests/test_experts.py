@@ -377,3 +377,22 @@ def test_rows_are_added_the_same_way_on_devices_without_index_add(
     target = torch.ones(4, 2)
     add_rows(target, torch.tensor([3, 0, 3]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
     assert target.tolist() == [[4, 5], [1, 1], [1, 1], [7, 9]]
+
+
+# ---- 16-bit arithmetic ----------------------------------------------------------------------------------------------
+
+
+def test_deltas_lost_to_rounding_are_counted() -> None:
+    """By the whole dense weight: what bf16 does not show of base + delta."""
+    torch.manual_seed(0)
+    bank = ExpertBank(quantize(torch.randn(3, 5, 130) * 0.02))
+    active = torch.randperm(bank.numel)[:400].sort().values
+    delta = torch.randn(400) * 3e-4
+    delta[::7] = 0
+    bank.set_active(active, delta)
+    base = torch.stack([bank.base_weight(e, torch.float32) for e in range(3)]).view(-1)[active]
+    expected = int((((base + delta).bfloat16() == base.bfloat16()) & (delta != 0)).sum())
+    lost, moved = bank.lost_to_rounding(torch.bfloat16)
+    assert (lost, moved) == (expected, int((delta != 0).sum()))
+    assert 0 < lost < moved
+    assert bank.lost_to_rounding(torch.float32)[0] == 0

@@ -198,6 +198,19 @@ class ExpertBank(nn.Module):
         weight.view(-1).scatter_add_(0, self._within(slice(first, end)), values.to(wide))
         return weight.to(dtype)
 
+    @torch.no_grad()
+    def lost_to_rounding(self, dtype: torch.dtype) -> tuple[int, int]:
+        """(moved weights whose delta vanishes when base + delta is rounded to `dtype`, moved weights)."""
+        lost = moved = 0
+        for e in range(self.num_experts):
+            part = slice(self.expert_starts[e], self.expert_starts[e + 1])
+            delta = self.delta[part]
+            base = self.base_weight(e, torch.float32).view(-1).gather(0, self._within(part))
+            unchanged = (base + delta).to(dtype) == base.to(dtype)
+            moved += int((delta != 0).sum())
+            lost += int((unchanged & (delta != 0)).sum())
+        return lost, moved
+
     def sampled(self, e: int, grad_output: Tensor, inputs: Tensor) -> Tensor:
         """The gradient of expert e's deltas from its tokens: [n_e]."""
         part = slice(self.expert_starts[e], self.expert_starts[e + 1])

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from usaf.console import table
 from usaf.delta import Delta, experts_moved, load_delta
 from usaf.evaluation import Evaluation
@@ -58,6 +60,7 @@ def summarise(
         "peak_memory_bytes": totals.peak_private_bytes, "peak_resident_bytes": totals.peak_resident_bytes,
         "peak_device_memory_bytes": totals.peak_device_bytes,
         "delta_bytes": delta_path.stat().st_size, "delta_path": str(delta_path),
+        "share_lost_to_rounding": lost_share(session),
         "experts_moved": moved_by_layer(session, delta),
     }  # fmt: skip
 
@@ -71,6 +74,16 @@ def moved_by_layer(session: Session, delta: Delta) -> list[dict[str, int]]:
         {"layer": moe.layer, "experts": moe.banks[0].num_experts, "moved": moved[moe.names[0].rpartition(".")[0]]}
         for moe in layers
     ]
+
+
+def lost_share(session: Session) -> float | None:
+    """The part of the moved weights that the device's 16-bit arithmetic does not see; None where it computes wider."""
+    dtype = session.backend.compute_dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return None
+    counts = [bank.lost_to_rounding(dtype) for moe in session.model.moe_from(session.start) for bank in moe.banks]
+    moved = sum(m for _, m in counts)
+    return sum(lost for lost, _ in counts) / moved if moved else 0.0
 
 
 def expert_parameters(session: Session) -> int:
@@ -104,6 +117,8 @@ def final_table(summary: dict[str, Any]) -> str:
         ["peak memory (private / with mapped files)",
          f"{summary['peak_memory_bytes'] / 1e9:.2f} / {summary['peak_resident_bytes'] / 1e9:.2f} GB"],
     ]  # fmt: skip
+    if summary.get("share_lost_to_rounding") is not None:
+        facts.append(["moved weights lost to 16-bit rounding here", f"{summary['share_lost_to_rounding']:.0%}"])
     if summary["peak_device_memory_bytes"] is not None:
         facts.append(["peak device memory", f"{summary['peak_device_memory_bytes'] / 1e9:.2f} GB"])
     return table(rows, ["", "before", "after", "change"]) + "\n\n" + table(facts, ["", "value"])
