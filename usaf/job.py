@@ -104,12 +104,15 @@ class Job:
     def warn_of_collapse(self, step: int, results: list[Evaluation]) -> None:
         """Say so when training starves experts that the base model used."""
         starved_before = {e["name"]: e["starved_experts"] for e in self.totals.before}
+        worse: dict[str, list[str]] = {}  # what is said -> the sets it is true of: often all of them
         for r in results:
             before = starved_before.get(r.name, r.starved_experts)
             if r.starved_experts > before:
-                message = f"{r.name}: {r.starved_experts} experts get almost no tokens, {before} before training"
-                say(f"warning: {message}; lower ROUTER_LR")
-                self.run.log("warning", step=step, message=message)
+                said = f"{r.starved_experts} experts get almost no tokens, {before} before training"
+                worse.setdefault(said, []).append(r.name)
+        for said, names in worse.items():
+            say(f"warning: {', '.join(names)}: {said}; lower ROUTER_LR")
+            self.run.log("warning", step=step, message=f"{', '.join(names)}: {said}")
 
     def importance_samples(self) -> list[int]:
         """The first rows of the run's order, each once (an epoch may end before all were seen)."""
