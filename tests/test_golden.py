@@ -12,7 +12,6 @@ tie puts in or out of the active set could move them by some 1e-5. What a fault 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,6 @@ GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 2e-4
 SETTINGS = {**TINY, "LR_PEAK": "3e-2", "ROUTER_LR": "1e-2", "MICROBATCH": "4", "CPU_THREADS": "1", "FRAC": "0.2",
             "TRAIN_FROM": "1"}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

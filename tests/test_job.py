@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,19 +20,6 @@ from usaf.job import Job, take_away
 from usaf.run import list_checkpoints, load_checkpoint
 from usaf.session import decide_resident
 from usaf.summary import Totals, change_row, final_table
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
 
 # ---- the first active weights ---------------------------------------------------------------------------------------
 

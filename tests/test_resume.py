@@ -10,12 +10,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from families import write_checkpoint, write_tokens
 from runs import (
     World,
@@ -35,18 +33,6 @@ from usaf.run import RunFolder, list_checkpoints, load_checkpoint
 from usaf.trainer import StepResult, Trainer
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals to another process")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_as_undisturbed(world: World, folder: Path) -> None:

@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,6 @@ STEP_KEYS = {
     "peak_memory_bytes",
 }  # fmt: skip
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 4, 8, 64, 48
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def evaluated(folder: Path, tmp_path: Path, *flags: object) -> list[dict[str, Any]]:

@@ -74,6 +74,7 @@ class PairGradients:
     output_token: Tensor | None
     output_scale: Tensor | None  # [P]: the routing weights, where grad_outputs are shared by token
     starts: list[int]
+    scale: float = 1.0  # of the gradient as a whole, where its step was clipped
 
     def expert(self, e: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(dY_e [n, out], X_e [n, in]) of the n pairs of expert e."""
@@ -85,6 +86,8 @@ class PairGradients:
             dy = self.grad_outputs.index_select(0, self.output_token[pairs])
         if self.output_scale is not None:
             dy = dy * self.output_scale[pairs].unsqueeze(1)
+        if self.scale != 1.0:
+            dy = dy * self.scale
         return dy.to(dtype), x.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:

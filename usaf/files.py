@@ -30,7 +30,6 @@ SAFETENSORS_DTYPES = {
     torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO} if os.name != "nt" else {errno.ENOSPC}
-ITEM_BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
 
 
 def flush(file: IO[Any]) -> None:
@@ -165,12 +164,9 @@ class TensorFileWriter:
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         self.spans: dict[str, tuple[int, int]] = {}
         end = 0
-        for name, (dtype, shape) in sorted(
-            shapes.items(), key=lambda item: -ITEM_BYTES[SAFETENSORS_DTYPES[item[1][0]]]
-        ):
-            code = SAFETENSORS_DTYPES[dtype]
-            start, end = end, end + math.prod(shape) * ITEM_BYTES[code]
-            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item[1][0].itemsize):
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
             self.spans[name] = (start, end)
         text = json.dumps(header).encode("utf-8")
         text += b" " * (-(len(text) + 8) % 64)

@@ -4,8 +4,8 @@ The architecture stays transformers' own: masks, rotary embeddings, norms, route
 decoder's own forward with the layers outside [start, stop) replaced by functions that hand on a given hidden state, so
 the frozen prefix, the trained suffix, a single layer and the final norm are all one mechanism, for every family.
 
-Packed documents are told apart by position ids that restart; no attention mask is passed, which is how transformers
-isolates them.
+No attention mask is passed: most families tell packed documents apart by position ids that restart (see `packing` for
+those that do not).
 """
 
 from __future__ import annotations
@@ -257,16 +257,11 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
     routers = {router_path(model, name, m) for name, m in model.named_modules() if is_experts_module(m)}
     shapes = {k: v.shape for k, v in model.state_dict().items() if v.is_meta}
     wanted = set(shapes)
-    missing = checkpoint.missing(wanted)
-    if missing:
-        raise UserError(f"{checkpoint.folder}: has no tensor for {missing[0]} ({len(missing)} missing in all); the "
-                        "checkpoint is incomplete, download it again")  # fmt: skip
+    assert not checkpoint.missing(wanted), "the checkpoint's headers were checked when it was opened"
     hashes = {}
     for name in sorted(wanted & set(checkpoint.sources)):
         value = checkpoint.read(name)
-        if value.shape != shapes[name]:
-            raise UserError(f"{checkpoint.folder}: {name} has shape {tuple(value.shape)}, config.json asks for "
-                            f"{tuple(shapes[name])}; the two are of different models")  # fmt: skip
+        assert value.shape == shapes[name], name
         hashes[name] = hashlib.sha256(tensor_bytes(value)).hexdigest()
         set_dense(model, name, value, routers, backend)
     for target, source in model.all_tied_weights_keys.items():

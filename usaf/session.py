@@ -31,7 +31,7 @@ from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError
 from usaf.evaluation import Evaluation, evaluate
-from usaf.expert_store import check_store, find_path, open_or_make, read_store
+from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
 from usaf.experts import ExpertBank
 from usaf.files import fingerprint
 from usaf.memory import available_bytes
@@ -55,6 +55,7 @@ class Session:
     checkpoint: Checkpoint
     data: TrainingData
     decisions: dict[str, Any]
+    store: ExpertStore | None = None  # the 4-bit experts, where there are any yet
     order: DataOrder | None = None
     model: SparseModel = field(init=False)
     loaded: bool = False  # whether `model` is there
@@ -148,11 +149,11 @@ def prepare(settings: ResolvedSettings, decisions: dict[str, Any] | None = None,
     attention = chosen["attention"]
     checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
     settings = resolve_train_from(settings, checkpoint)
-    check_quantised(checkpoint, values)
+    store = open_quantised(checkpoint, values)
     data = read_data(settings, checkpoint, train)
     if train:
         settings = resolve_steps(settings, data.train)
-    session = Session(settings, backend, checkpoint, data, chosen)
+    session = Session(settings, backend, checkpoint, data, chosen, store)
     if train:
         rows = session.data.train
         session.order = DataOrder(len(rows), session.chunk_rows(rows), values.microbatch, values.seed)
@@ -180,11 +181,14 @@ def decide(values: Settings, backend: Backend, earlier: dict[str, Any]) -> dict[
     return chosen
 
 
-def check_quantised(checkpoint: Checkpoint, values: Settings) -> None:
-    """Refuse a 4-bit file of another model, or of other settings, before anything is written."""
+def open_quantised(checkpoint: Checkpoint, values: Settings) -> ExpertStore | None:
+    """The 4-bit file, if it is there; one of another model or of other settings is refused before the data are read."""
     path, there = find_path(checkpoint, values.quant_path)
-    if there:
-        check_store(read_store(path), checkpoint, values.group_size, values.quant_bits)
+    if not there:
+        return None
+    store = read_store(path)
+    check_store(store, checkpoint, values.group_size, values.quant_bits)
+    return store
 
 
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
@@ -266,7 +270,9 @@ def load(session: Session, done: PhaseDone | None = None) -> None:
     values = session.settings.values
     bar = LateBar("quantise", "expert", done)
     try:
-        store = open_or_make(session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar)
+        store = session.store or open_or_make(
+            session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar
+        )
     finally:
         bar.abandon()
     began = time.perf_counter()

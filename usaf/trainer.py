@@ -10,6 +10,7 @@ A step whose loss or gradient is not finite is skipped and counted; `MAX_SKIPPED
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -258,7 +259,7 @@ class Trainer:
             return 0
         stays = torch.ones(len(active), dtype=torch.bool, device=active.device)
         stays[smallest_k_positions(delta, count)] = False
-        scaled = [scale_pairs(entry.pairs, entry.scale) for entry in captured]
+        scaled = [dataclasses.replace(entry.pairs, scale=entry.scale) for entry in captured]
         grown = grow_candidates(bank, scaled, active[stays].cpu(), count).to(active.device)
         change = reselect(active, delta, count, grown)
         kept = change.from_old >= 0
@@ -331,17 +332,3 @@ class Trainer:
             result = self.train_step()
             if not after_step(result, self.reselect_if_due()):
                 return
-
-
-def scale_pairs(pairs: PairGradients, scale: float) -> PairGradients:
-    """The pairs of a gradient that was scaled as a whole."""
-    if scale == 1.0:
-        return pairs
-    return PairGradients(
-        pairs.inputs,
-        pairs.input_token,
-        pairs.grad_outputs * scale,
-        pairs.output_token,
-        pairs.output_scale,
-        pairs.starts,
-    )
