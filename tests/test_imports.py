@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "usaf"
 # Lowest first; a folder such as devices/ counts as one module. A new module fails here until it has its row.
 ROWS = [
     {"__init__", "errors"},  # imported by anything
-    {"settings", "quantization", "selection", "optimizer", "files", "memory", "console"},  # level 0
+    {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
     {"devices", "kernels"},  # level 1
     {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -34,11 +33,11 @@ from transformers.core_model_loading import (
 
 from usaf.errors import UserError
 from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module, projection_names
+from usaf.tensor_file import TensorEntry, TensorFile, one_line
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-READABLE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-WHOLE_DTYPES = {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
-                "BOOL": torch.bool}  # fmt: skip
+FLOAT_CODES = ("F32", "F16", "BF16", "F64")
+WHOLE_CODES = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 # 4 KiB blocks of each shard that stand for its content where hashing 60 GB would take minutes.
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 HUB_SECONDS = 10.0  # the model hub must answer within these, or what is in its cache must do
@@ -66,23 +65,26 @@ class Checkpoint:
         self.folder = folder
         self.config = read_config(folder)
         self.shards = read_index(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._check_shards()
         self.model = meta_model(self.config, attention)
         self.unexpected: list[str] = []
         self.sources = self._plan()
         self._check_parameters()
 
-    def _open(self, shard: str) -> Any:
+    def file(self, shard: str) -> TensorFile:
         if shard not in self._files:
-            self._files[shard] = open_shard(self.folder / shard)
+            self._files[shard] = TensorFile(self.folder / shard)
         return self._files[shard]
+
+    def entry(self, key: str) -> TensorEntry:
+        return self.file(self.shards[key]).entries[key]
 
     def _check_shards(self) -> None:
         """Every tensor that the index names is in its shard. Headers only."""
         for shard in sorted(set(self.shards.values())):
             wanted = {key for key, at in self.shards.items() if at == shard}
-            absent = sorted(wanted - set(self._open(shard).keys()))
+            absent = sorted(wanted - set(self.file(shard).entries))
             if absent:
                 raise UserError(f"{self.folder / INDEX_NAME}: says that {shard} holds {absent[0]}, which it does not; "
                                 "index and shards are of different checkpoints, download them again")  # fmt: skip
@@ -129,20 +131,18 @@ class Checkpoint:
                                 "the 16-bit checkpoint of this model")  # fmt: skip
 
     def _dtype(self, key: str) -> torch.dtype:
-        code = self._open(self.shards[key]).get_slice(key).get_dtype()
-        dtype = READABLE_DTYPES.get(code) or WHOLE_DTYPES.get(code)
-        if dtype is None:
+        code = self.entry(key).code
+        if code not in FLOAT_CODES + WHOLE_CODES:
             raise UserError(f"{self.folder / self.shards[key]}: {key} has dtype {code}, which cannot be read yet; use "
-                            f"a checkpoint in {', '.join(READABLE_DTYPES)}")  # fmt: skip
-        return dtype
+                            f"a checkpoint in {', '.join(FLOAT_CODES)}")  # fmt: skip
+        return self.file(self.shards[key]).dtype(key)
 
     def _without_data(self, key: str) -> Tensor:
-        shape = self._open(self.shards[key]).get_slice(key).get_shape()
-        return torch.empty(shape, dtype=self._dtype(key), device="meta")
+        return torch.empty(self.entry(key).shape, dtype=self._dtype(key), device="meta")
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint under its own name, mapped from the file."""
-        return self._open(self.shards[key]).get_tensor(key)
+        """One tensor of the checkpoint under its own name."""
+        return self.file(self.shards[key]).read(key)
 
     def dtype(self, target: str) -> torch.dtype:
         """What a parameter is stored in; its data are not read."""
@@ -157,7 +157,7 @@ class Checkpoint:
         source = self.sources[target]
         if source.converter is None:
             key = source.keys[0][0]
-            return self._open(self.shards[key]).get_slice(key)[e]
+            return self.file(self.shards[key]).read_rows(key, e, e + 1)[0]
         if not isinstance(source.converter.operations[0], MergeModulelist):
             return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
         by_pattern = self._by_pattern(target, num_experts)
@@ -207,10 +207,6 @@ class Checkpoint:
                     digest.update(file.read(BLOCK_BYTES))
         return digest.hexdigest()
 
-    def close(self) -> None:
-        """Drop the mapped files: on Windows these can be neither replaced nor deleted. Reading maps them again."""
-        self._files.clear()
-
     def num_layers(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
 
@@ -222,22 +218,6 @@ class Checkpoint:
                 up, down = projection_names(module)
                 found[name] = (f"{name}.{up}", f"{name}.{down}")
         return found
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def open_shard(path: Path) -> Any:
-    """The safetensors file, mapped, its header read."""
-    try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: this file of the checkpoint is missing; download it again") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check its rights") from None
 
 
 def resolve_model(model: str) -> Path:
@@ -299,7 +279,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """checkpoint key -> shard file name. A single file goes before an index, as in transformers."""
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():
-        return dict.fromkeys(open_shard(single).keys(), SINGLE_NAME)
+        return dict.fromkeys(TensorFile(single).entries, SINGLE_NAME)
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -57,7 +57,6 @@ def quantize_command(arguments: argparse.Namespace) -> int:
             "seconds_total": time.perf_counter() - began, "peak_memory_bytes": memory.private,
             "peak_resident_bytes": memory.resident,
         })  # fmt: skip
-    checkpoint.close()
     return 0
 
 

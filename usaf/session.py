@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from usaf import __version__
-from usaf.checkpoint import Checkpoint, one_line, resolve_model
+from usaf.checkpoint import Checkpoint, resolve_model
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
@@ -40,6 +40,7 @@ from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
+from usaf.tensor_file import one_line
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
@@ -278,7 +279,6 @@ def load(session: Session, done: PhaseDone | None = None) -> None:
     began = time.perf_counter()
     session.model = build_model(session.checkpoint, store, session.backend)
     session.loaded = True
-    session.checkpoint.close()
     for layer in range(session.start, session.model.num_layers):
         if session.backend.device.type != "cpu":
             session.model.place(layer, session.backend.device)
