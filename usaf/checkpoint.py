@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -43,6 +43,14 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 HUB_SECONDS = 10.0  # the model hub must answer within these, or what is in its cache must do
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 HUB_NOT = ["*/*", "consolidated*"]  # the same weights again, in the formats of other programs
+
+
+class Piece(NamedTuple):
+    """A tensor of the checkpoint, or one row of its first dimension: what one expert, or one parameter, is made of."""
+
+    key: str
+    pattern: str  # the converter's for it
+    row: int | None  # None: all of it
 
 
 @dataclass
@@ -154,14 +162,34 @@ class Checkpoint:
 
     def read_expert(self, target: str, e: int, num_experts: int) -> Tensor:
         """Expert e of a fused parameter [E, a, b], as [a, b]; nothing else of it is read."""
+        pieces = self.expert_pieces(target, e, num_experts)
+        if pieces is None:
+            return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
+        return self.assemble(target, pieces, [self.read_piece(piece) for piece in pieces])[0]
+
+    def expert_pieces(self, target: str, e: int, num_experts: int) -> list[Piece] | None:
+        """Where expert e of a fused parameter lies, in the converter's order: whole tensors, or rows of fused ones."""
         source = self.sources[target]
         if source.converter is None:
-            key = source.keys[0][0]
-            return self.file(self.shards[key]).read_rows(key, e, e + 1)[0]
+            return [Piece(key, pattern, e) for key, pattern in source.keys]
         if not isinstance(source.converter.operations[0], MergeModulelist):
-            return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
-        by_pattern = self._by_pattern(target, num_experts)
-        return self._assemble(target, [(keys[e], pattern) for pattern, keys in by_pattern.items()], self.tensor)[0]
+            return None
+        return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
+
+    def piece_shape(self, piece: Piece) -> tuple[int, ...]:
+        shape = self.entry(piece.key).shape
+        return shape if piece.row is None else (1, *shape[1:])
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        """The tensor, or [1, ...] where the piece is a row of one."""
+        if piece.row is None:
+            return self.tensor(piece.key)
+        return self.file(self.shards[piece.key]).read_rows(piece.key, piece.row, piece.row + 1)
+
+    def assemble(self, target: str, pieces: list[Piece], tensors: list[Tensor]) -> Tensor:
+        """What the converter makes of `tensors`, one for each piece."""
+        found = iter(tensors)
+        return self._assemble(target, [(piece.key, piece.pattern) for piece in pieces], lambda _: next(found))
 
     def _by_pattern(self, target: str, num_experts: int) -> dict[str, list[str]]:
         """The converter's pattern -> the tensors that match it, one for each expert where the experts are apart."""
