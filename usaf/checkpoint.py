@@ -77,6 +77,7 @@ class Checkpoint:
         self._check_shards()
         self.model = meta_model(self.config, attention)
         self.unexpected: list[str] = []
+        self._patterns: dict[str, dict[str, list[str]]] = {}
         self.sources = self._plan()
         self._check_parameters()
 
@@ -145,6 +146,9 @@ class Checkpoint:
                             f"a checkpoint in {', '.join(FLOAT_CODES)}")  # fmt: skip
         return self.file(self.shards[key]).dtype(key)
 
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return self._dtype(key)
+
     def _without_data(self, key: str) -> Tensor:
         return torch.empty(self.entry(key).shape, dtype=self._dtype(key), device="meta")
 
@@ -194,7 +198,9 @@ class Checkpoint:
     def _by_pattern(self, target: str, num_experts: int) -> dict[str, list[str]]:
         """The converter's pattern -> the tensors that match it, one for each expert where the experts are apart."""
         source = self.sources[target]
-        by_pattern: dict[str, list[str]] = {}
+        if target in self._patterns:
+            return self._patterns[target]
+        by_pattern = self._patterns[target] = {}
         for key, pattern in source.keys:
             by_pattern.setdefault(pattern, []).append(key)
         if source.converter is None or not isinstance(source.converter.operations[0], MergeModulelist):

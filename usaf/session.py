@@ -302,7 +302,7 @@ def load(session: ModelSession, done: PhaseDone | None = None) -> None:
     values = session.settings.values
     bar = LateBar("quantise", "expert", done)
     try:
-        store = session.store or open_or_make(
+        session.store = store = session.store or open_or_make(
             session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar
         )
     finally:
