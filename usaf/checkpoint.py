@@ -25,15 +25,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 
+from usaf import adapters
 from usaf.errors import UserError
-from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module, projection_names
+from usaf.experts import EXPERTS_IMPLEMENTATION, find_layers, is_experts_module, projection_names
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 READABLE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -88,7 +91,7 @@ class Checkpoint:
                                 "index and shards are of different checkpoints, download them again")  # fmt: skip
 
     def _plan(self) -> dict[str, Source]:
-        mapping = get_model_conversion_mapping(self.model)
+        mapping = [*get_model_conversion_mapping(self.model), *adapters.conversions(self.model)]
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -103,7 +106,9 @@ class Checkpoint:
                 self.unexpected.append(key)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            sources.setdefault(target, Source(converter)).keys.append((key, pattern or key))
+            first, *others = converter.target_patterns if converter is not None else [""]
+            for each in (target, *(target.replace(first, other) for other in others)):  # one tensor may make several
+                sources.setdefault(each, Source(converter)).keys.append((key, pattern or key))
         return sources
 
     def _check_parameters(self) -> None:
@@ -158,10 +163,18 @@ class Checkpoint:
         if source.converter is None:
             key = source.keys[0][0]
             return self._open(self.shards[key]).get_slice(key)[e]
+        if all(keeps_experts_apart(operation) for operation in source.converter.operations):
+            return self._assemble(target, source.keys, lambda key: self._rows_of_expert(key, e, num_experts))[0]
         if not isinstance(source.converter.operations[0], MergeModulelist):
             return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
         by_pattern = self._by_pattern(target, num_experts)
         return self._assemble(target, [(keys[e], pattern) for pattern, keys in by_pattern.items()], self.tensor)[0]
+
+    def _rows_of_expert(self, key: str, e: int, num_experts: int) -> Tensor:
+        """Expert e's part of a tensor that holds all of them, one after another; nothing else of it is read."""
+        rows = self._open(self.shards[key]).get_slice(key)
+        each = rows.get_shape()[0] // num_experts
+        return rows[e * each : (e + 1) * each]
 
     def _by_pattern(self, target: str, num_experts: int) -> dict[str, list[str]]:
         """The converter's pattern -> the tensors that match it, one for each expert where the experts are apart."""
@@ -212,7 +225,7 @@ class Checkpoint:
         self._files.clear()
 
     def num_layers(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
+        return len(find_layers(self.model)[1])
 
     def expert_parameters(self) -> dict[str, tuple[str, str]]:
         """The experts modules: name -> (full name of the first projection, of the second)."""
@@ -222,6 +235,16 @@ class Checkpoint:
                 up, down = projection_names(module)
                 found[name] = (f"{name}.{up}", f"{name}.{down}")
         return found
+
+
+def keeps_experts_apart(operation: Any) -> bool:
+    """Whether a step of a converter leaves the first dimension, the experts', alone: then one expert's rows make the
+    same of themselves as they do among all. Adapters mark steps of their own (`expertwise`)."""
+    if type(operation) is Concatenate:
+        return operation.dim > 0
+    if type(operation) is Transpose:  # with check_dims it compares with the shape of the whole
+        return operation.dim0 > 0 and operation.dim1 > 0 and not operation.check_dims
+    return getattr(operation, "expertwise", False)
 
 
 def one_line(error: BaseException) -> str:
@@ -335,7 +358,10 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
     """
     cls = model_class(config)
     config = copy.deepcopy(config)
-    config.get_text_config().output_router_logits = False  # the loss is ours; no auxiliary term
+    text = config.get_text_config()
+    text.output_router_logits = False  # the loss is ours; no auxiliary term
+    if cls.config_class is type(text):  # the class of the text part alone, for a multimodal checkpoint too
+        config = text
     try:
         with torch.device("meta"):
             model = cls._from_config(
@@ -348,6 +374,8 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
         raise UserError(f"MODEL: transformers {transformers.__version__} cannot build {cls.__name__} from config.json "
                         f"({one_line(error)[:300]})") from None  # fmt: skip
     if not any(is_experts_module(m) for m in model.modules()):
-        raise UserError(f"MODEL: {config.model_type} has no MoE layers that transformers' experts interface serves; "
-                        "USAF trains experts, so choose a Mixture-of-Experts model")  # fmt: skip
+        adapters.adapt(model)
+    if not any(is_experts_module(m) for m in model.modules()):
+        raise UserError(f"MODEL: {config.model_type} has no MoE layers that transformers' experts interface or an "
+                        "adapter serves; USAF trains experts, so choose a Mixture-of-Experts model")  # fmt: skip
     return model.eval()
