@@ -20,7 +20,7 @@ LLAMA4 = {**COMMON, "head_dim": 16, "intermediate_size": 48, "intermediate_size_
 STEP3P7 = {
     **COMMON, "head_dim": 16, "intermediate_size": 96, "moe_intermediate_size": 48, "share_expert_dim": 32,
     "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_router_scaling_factor": 1.5,
-    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "swiglu_limits": [0.0, 0.0, 0.05, 0.05],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "swiglu_limits": [0.0, 0.0, 0.5, 0.5],
     "layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 8,
 }  # fmt: skip
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -105,21 +105,25 @@ PARTS: dict[str, tuple[Parts, Parts]] = {
 }
 
 
-def is_known(family: str) -> bool:
-    """Whether the installed transformers has the family."""
-    return hasattr(transformers, FAMILIES[family][1])
-
-
-KNOWN = [family for family in FAMILIES if is_known(family)]
-
-
 def own_class(family: str) -> type[PreTrainedModel]:
     return getattr(transformers, FAMILIES[family][1])
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
     config, _, arguments = FAMILIES[family]
-    return getattr(transformers, config)(**{**arguments, **changes})
+    return getattr(transformers, config)(**{"architectures": [FAMILIES[family][1]], **arguments, **changes})
+
+
+def is_known(family: str) -> bool:
+    """Whether the installed transformers has the family, in a state that can be compared with."""
+    if family == "dbrx":  # 5.13 builds experts and routers of wrong shapes, unless hidden and intermediate size agree
+        from transformers.models.dbrx.modeling_dbrx import DbrxRouter
+
+        return DbrxRouter(tiny_config(family).ffn_config).layer.in_features == tiny_config(family).d_model
+    return hasattr(transformers, FAMILIES[family][1])
+
+
+KNOWN = [family for family in FAMILIES if is_known(family)]
 
 
 def randomise(model: PreTrainedModel, seed: int = 0, std: float = 0.08) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from adapted_families import (
     LLAMA4_WHOLE,
     VOCAB,
     dense_gradients,
-    is_known,
     own_class,
     random_model,
     randomise,
@@ -29,10 +29,9 @@ from families import tiny_config as config_with_the_interface
 from runs import World, delta_tensors, events, read_json
 from safetensors.torch import load_file
 from test_model import in_type, training_step
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, revert_weight_conversion
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
 from usaf import adapters, evaluate
 from usaf.adapters.fused import FusedExperts
@@ -84,14 +83,9 @@ def test_adapters_serve_what_transformers_does_not() -> None:
 
 
 def test_every_adapter_is_tested() -> None:
-    tested = {tiny_config(family).model_type for family in KNOWN}
-    known = {model_type for model_type in adapters.ADAPTERS if model_type in transformers.CONFIG_MAPPING}
-    assert known - {"llama4"} == tested  # llama4: the multimodal whole, see below
-
-
-@pytest.mark.skipif(transformers.__version__ < "5.23", reason="an older transformers lacks some of the families")
-def test_all_families_are_known_to_the_newest_transformers() -> None:
-    assert all(is_known(family) for family in FAMILIES)
+    tested = {family.partition(",")[0] for family in FAMILIES}
+    assert set(adapters.ADAPTERS) - {"llama4"} == tested  # llama4: the multimodal whole, see below
+    assert set(FAMILIES) - set(KNOWN) <= {"dbrx", "step3p7"}  # what older versions of transformers lack
 
 
 def test_a_model_with_the_interface_is_left_alone() -> None:
@@ -136,18 +130,25 @@ def test_every_parameter_is_read_as_transformers_reads_it(
 
 
 @pytest.mark.parametrize("family", KNOWN)
-def test_the_conversions_run_backwards_to_the_bytes(family: str, checkpoint_of: Callable[[str], Path]) -> None:
+def test_the_converters_of_experts_run_backwards_to_the_bytes(
+    family: str, checkpoint_of: Callable[[str], Path]
+) -> None:  # fmt: skip
+    """Of every expert parameter: the tensors that the checkpoint holds, under their names in the layer."""
     checkpoint = Checkpoint(checkpoint_of(family))
-    model = checkpoint.model
-    state = {target: checkpoint.read(target) for target in checkpoint.sources}
-    model._weight_conversions = [*get_model_conversion_mapping(model), *adapters.conversions(model)]
-    if not checkpoint.folder.joinpath(SINGLE_NAME).is_file():
-        pytest.fail("the tiny checkpoint is one file")
     stored = load_file(checkpoint.folder / SINGLE_NAME)
-    written = revert_weight_conversion(model, state)
-    assert set(written) == set(stored) - set(checkpoint.unexpected)
-    for key, tensor in written.items():
-        assert torch.equal(tensor, stored[key]), key
+    for target in shapes_of(checkpoint):
+        source, whole = checkpoint.sources[target], checkpoint.read(target)
+        if source.converter is None:
+            assert torch.equal(whole, stored[source.keys[0][0]])
+            continue
+        back = copy.deepcopy(source.converter).reverse_transform()
+        name = back.rename_source_key(target)[0].replace(".*.", ".0.")
+        back.add_tensor(name, target, back.source_patterns[0], whole)  # type: ignore[arg-type]
+        parts = back.convert(name, model=checkpoint.model, config=checkpoint.config)
+        in_layer = {re.sub(r".*?\.\d+\.", "", key, count=1): stored[key] for key, _ in source.keys}
+        assert len(in_layer) == len(source.keys) == len(parts)
+        for key, tensor in parts.items():
+            assert torch.equal(tensor, in_layer[re.sub(r".*?\.\d+\.", "", key, count=1)]), key
 
 
 @pytest.mark.parametrize("family", KNOWN)
@@ -167,12 +168,12 @@ def test_one_expert_is_read_at_a_time(
 
 
 def test_steps_of_converters_that_mix_experts_are_told() -> None:
-    assert keeps_experts_apart(transformers.core_model_loading.Concatenate(dim=1))
-    assert not keeps_experts_apart(transformers.core_model_loading.Concatenate(dim=0))
-    assert keeps_experts_apart(transformers.core_model_loading.Transpose(1, 2))
-    assert not keeps_experts_apart(transformers.core_model_loading.Transpose(0, 1))
-    assert not keeps_experts_apart(transformers.core_model_loading.Transpose(1, 2, check_dims=True))
-    assert not keeps_experts_apart(transformers.core_model_loading.MergeModulelist(dim=0))
+    assert keeps_experts_apart(Concatenate(dim=1))
+    assert not keeps_experts_apart(Concatenate(dim=0))
+    assert keeps_experts_apart(Transpose(1, 2))
+    assert not keeps_experts_apart(Transpose(0, 1))
+    assert not keeps_experts_apart(Transpose(1, 2, check_dims=True))
+    assert not keeps_experts_apart(MergeModulelist(dim=0))
 
 
 # -- the model against transformers
@@ -211,7 +212,7 @@ def test_loss_and_gradients_equal_the_dense_ones(family: str, checkpoint_of: Cal
 
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_router_chooses_and_weighs(family: str, checkpoint_of: Callable[[str], Path]) -> None:
-    """Another router gives other logits, and several experts are used: the comparisons above are not of one expert."""
+    """Another router gives other logits, and tokens go to different experts: nothing above is compared in vain."""
     model = build(checkpoint_of(family))
     chosen: list[Tensor] = []
     for moe in model.moe:
@@ -220,7 +221,8 @@ def test_the_router_chooses_and_weighs(family: str, checkpoint_of: Callable[[str
     before = logits_of(model)
     for ids, moe in zip(chosen, model.moe, strict=True):
         assert ids.shape[0] == BATCH.input_ids.numel()
-        assert len(ids.unique()) == len(moe.router_weight)  # the zero experts of longcat_flash too
+        assert len(ids.unique()) > ids.shape[1]
+        assert bool((ids >= moe.banks[0].num_experts).any()) == (family == "longcat_flash")  # its zero experts
         moe.router_weight.data.mul_(0.5)
     assert (logits_of(model) - before).abs().max() > 1e-2
 
@@ -367,12 +369,10 @@ def test_a_whole_run_and_its_delta_evaluated_again(family: str, tmp_path: Path) 
     folder = world.finished("run")
     assert [event["step"] for event in events(folder, "reselect")] == [4, 8]
     assert all(event["grown"] > 0 for event in events(folder, "reselect"))
-    losses = [event["loss"] for event in events(folder, "step")]
-    assert losses[-1] < losses[0]
     assert any(tensor.abs().max() > 0 for name, tensor in delta_tensors(folder).items() if "values" in name)
     out = tmp_path / "figures.json"
     assert evaluate.main(["--delta", str(folder / "delta.safetensors"), "--json", str(out)]) == 0
     final = {e["name"]: e["loss"] for e in events(folder, "eval") if e["step"] == 12}
     first = {e["name"]: e["loss"] for e in events(folder, "eval") if e["step"] == 0}
     assert {e["name"]: e["loss"] for e in read_json(out)["evaluations"]} == final
-    assert final != first
+    assert sum(final.values()) < sum(first.values())

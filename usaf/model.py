@@ -192,8 +192,9 @@ def find_moe_layers(model: PreTrainedModel, layers_name: str) -> list[MoeLayer]:
 def router_path(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> str:
     """The full name of the module that owns the router weight of these experts."""
     block, _, own = experts_name.rpartition(".")
-    rows: Any = getattr(experts, "router_rows", experts.up_bank.num_experts)  # adapters: some choose among more
-    return f"{block}.{find_router(model.get_submodule(block), own, rows)}"
+    bank: Any = experts.up_bank
+    rows = getattr(experts, "router_rows", bank.num_experts)  # some of those with an adapter choose among more
+    return f"{block}.{find_router(model.get_submodule(block), own, int(rows))}"
 
 
 def find_router(block: nn.Module, experts_name: str, num_experts: int) -> str:

@@ -43,9 +43,7 @@ from usaf.adapters import dbrx, jetmoe, llama4, longcat_flash, step3p7
 from usaf.adapters.fused import FusedExperts
 
 ADAPTERS: dict[str, ModuleType] = {
-    model_type: family
-    for family in (dbrx, jetmoe, llama4, longcat_flash, step3p7)
-    for model_type in family.MODEL_TYPES
+    model_type: family for family in (dbrx, jetmoe, llama4, longcat_flash, step3p7) for model_type in family.MODEL_TYPES
 }
 
 

@@ -1,6 +1,6 @@
 """DBRX: the experts of a layer are three 2D tensors, [E * I, H] each, one expert's rows after another's.
 
-    y = w2^T (act(w1 x) * (v1 x))        w1, v1, w2: [I, H] of one expert; w2 is stored the way it is not multiplied
+For one expert, w1, v1 and w2 being [I, H]:  y = w2^T (act(w1 x) * (v1 x))
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightTransform
 
@@ -32,7 +32,7 @@ class DbrxExperts(FusedExperts):
 
 
 class RowsToExperts(ConversionOps):
-    """[E * rows, H] -> [E, rows, H], and back. Any whole number of experts will do: `checkpoint` reads one at a time."""
+    """[E * rows, H] -> [E, rows, H], and back; for one expert alone as well, which is how `checkpoint` reads them."""
 
     expertwise = True
 
@@ -56,6 +56,9 @@ def adapt(model: PreTrainedModel) -> None:
     block: Any
     for _, block in modules_named(model, "DbrxFFN"):
         block.experts = DbrxExperts(block.experts)
+        experts, hidden = block.experts.down_proj.shape[:2]
+        if block.router.layer.in_features != hidden:  # transformers 5.13 gives it the experts' width instead
+            block.router.layer = nn.Linear(hidden, experts, bias=False, device="meta")
 
 
 def conversions(model: PreTrainedModel) -> list[WeightTransform]:

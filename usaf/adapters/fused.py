@@ -34,7 +34,8 @@ class FusedExperts(nn.Module):
         router_rows: int | None = None,
     ) -> None:
         super().__init__()
-        assert gate_up_proj.is_meta and down_proj.is_meta
+        assert gate_up_proj.is_meta
+        assert down_proj.is_meta
         self.gate_up_proj, self.down_proj = nn.Parameter(gate_up_proj.detach()), nn.Parameter(down_proj.detach())
         self.act_fn, self.is_transposed = act_fn, is_transposed
         self.router_rows = len(gate_up_proj) if router_rows is None else router_rows

@@ -30,8 +30,8 @@ class JetMoeMlp(nn.Module):
 
     def forward(self, hidden_BSH: Tensor) -> Tensor:
         hidden_TH = hidden_BSH.flatten(0, -2)
-        logits_TE = self.router.layer(hidden_TH).float()  # type: ignore[operator]
-        logits_TK, ids_TK = logits_TE.topk(self.router.top_k, dim=1)  # type: ignore[arg-type]
+        logits_TE = self.router.layer(hidden_TH).float()
+        logits_TK, ids_TK = logits_TE.topk(self.router.top_k, dim=1)
         weights_TK = torch.softmax(logits_TK, dim=1)
         return self.experts(hidden_TH, ids_TK, weights_TK).view_as(hidden_BSH) + self.bias
 
