@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from families import COMMON, VOCAB
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from usaf.model import MoeLayer, SparseModel
+from usaf.model import SparseModel
 
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA4 = {**COMMON, "head_dim": 16, "intermediate_size": 48, "intermediate_size_mlp": 96, "num_local_experts": 4,
@@ -146,29 +147,36 @@ def write_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.bfloa
     return folder
 
 
-def own_experts(reference: PreTrainedModel, family: str, model: SparseModel, moe: MoeLayer) -> list[list[Any]]:
-    """For each of the two projections: (parameter of transformers' own model, its view as a function)."""
-    layer = f"{model.layers_name}.{moe.layer}"
+Projection = list[tuple[nn.Parameter, View]]
+
+
+def own_experts(reference: PreTrainedModel, family: str, names: tuple[str, str]) -> list[Projection]:
+    """For each of the two projections (`names` in USAF's model): its parameters in transformers' own, and their views
+    as [E, out, in]."""
+    layer = re.match(r".*?\.\d+\.", names[0])
+    assert layer is not None
     parts = PARTS[family.partition(",")[0]]
-    return [[(reference.get_parameter(f"{layer}.{name}"), view) for name, view in projection] for projection in parts]
+    return [[(reference.get_parameter(layer[0] + name), view) for name, view in projection] for projection in parts]
+
+
+def own_weights(reference: PreTrainedModel, family: str, names: tuple[str, str], experts: int) -> list[Tensor]:
+    """[E, out, in] for each of the two projections of transformers' own model."""
+    projections = own_experts(reference, family, names)
+    return [torch.cat([view(p.data, experts) for p, view in projection], dim=1) for projection in projections]
+
+
+def own_gradients(reference: PreTrainedModel, family: str, names: tuple[str, str], experts: int) -> list[Tensor]:
+    """The dense gradients, [E, out, in], for each of the two projections of transformers' own model."""
+    projections = own_experts(reference, family, names)
+    return [torch.cat([view(p.grad, experts) for p, view in projection], dim=1) for projection in projections]  # type: ignore
 
 
 def reference_of(folder: Path, family: str, model: SparseModel) -> PreTrainedModel:
     """transformers' own model of a checkpoint, in fp32, with the dequantised experts and deltas of `model` in it."""
     reference = own_class(family).from_pretrained(folder, dtype=torch.float32).eval()
     for moe in model.moe:
-        for bank, parts in zip(moe.banks, own_experts(reference, family, model, moe), strict=True):
+        for bank, projection in zip(moe.banks, own_experts(reference, family, moe.names), strict=True):
             weight = torch.stack([bank.weight(e, torch.float32) for e in range(bank.num_experts)])
-            for (parameter, view), part in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
+            for (parameter, view), part in zip(projection, weight.chunk(len(projection), dim=1), strict=True):
                 view(parameter.data, bank.num_experts).copy_(part)
     return reference
-
-
-def dense_gradients(
-    reference: PreTrainedModel, family: str, model: SparseModel, moe: MoeLayer
-) -> list[Tensor]:  # fmt: skip
-    """[E, out, in] for each of the two projections, from the parameters of transformers' own model."""
-    return [
-        torch.cat([view(parameter.grad, bank.num_experts) for parameter, view in parts], dim=1)
-        for bank, parts in zip(moe.banks, own_experts(reference, family, model, moe), strict=True)
-    ]

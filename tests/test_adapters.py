@@ -16,8 +16,9 @@ from adapted_families import (
     KNOWN,
     LLAMA4_WHOLE,
     VOCAB,
-    dense_gradients,
     own_class,
+    own_gradients,
+    own_weights,
     random_model,
     randomise,
     reference_of,
@@ -118,13 +119,20 @@ def test_doge_is_refused_in_one_line() -> None:
 def test_every_parameter_is_read_as_transformers_reads_it(
     family: str, checkpoint_of: Callable[[str], Path]
 ) -> None:  # fmt: skip
-    """But for the experts, whose layout the adapters change: those by the logits below, and backwards here."""
     checkpoint = Checkpoint(checkpoint_of(family))
-    own = own_class(family).from_pretrained(checkpoint.folder, dtype=torch.bfloat16).state_dict()
-    shared = set(own) & set(checkpoint.sources) - set(shapes_of(checkpoint))
+    reference = own_class(family).from_pretrained(checkpoint.folder, dtype=torch.bfloat16)
+    own = reference.state_dict()
+    shapes = shapes_of(checkpoint)
+    shared = set(own) & set(checkpoint.sources) - set(shapes)
     assert len(shared) > 20
     for target in shared:
         assert torch.equal(checkpoint.read(target).to(own[target].dtype), own[target]), target
+    for name, pair in checkpoint.expert_parameters().items():
+        is_transposed = checkpoint.model.get_submodule(name).is_transposed
+        expected = own_weights(reference, family, pair, shapes[pair[0]][0])
+        for target, weight in zip(pair, expected, strict=True):
+            whole = checkpoint.read(target)
+            assert torch.equal(whole.transpose(1, 2) if is_transposed else whole, weight), target
     zero_experts = [key for key in checkpoint.unexpected if family == "longcat_flash" and ".experts." in key]
     assert checkpoint.unexpected == zero_experts
 
@@ -199,7 +207,7 @@ def test_loss_and_gradients_equal_the_dense_ones(family: str, checkpoint_of: Cal
     assert training_step(model, batch=BATCH) == pytest.approx(loss.item(), rel=1e-6)
     assert model.moe
     for moe in model.moe:
-        dense = dense_gradients(reference, family, model, moe)
+        dense = own_gradients(reference, family, moe.names, moe.banks[0].num_experts)
         for bank, expected in zip(moe.banks, dense, strict=True):
             expected = expected.reshape(-1)[bank.active]
             torch.testing.assert_close(bank.delta.grad, expected, rtol=1e-4, atol=1e-7)

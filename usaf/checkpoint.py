@@ -2,7 +2,8 @@
 
 transformers' own conversion mapping says which checkpoint tensors make up which parameter (three tensors an expert in
 Qwen3-MoE's files become one fused 3D parameter); we run its converters on one expert at a time, so that the peak is one
-expert, not one layer. What a family's checkpoint looks like is therefore transformers' knowledge, not ours.
+expert, not one layer. What a family's checkpoint looks like is therefore transformers' knowledge, not ours; where
+`adapters` rewrite a family, they add to the mapping.
 
 Left out here: writing back in the checkpoint's own names (export), FP8 and native 4-bit sources.
 """

@@ -6,6 +6,9 @@ biases, so a zero input gives zero, and only the chosen ones are computed here:
     out[t] = shared(x[t]) + sum over the K chosen experts e: E_e(sigmoid(score[t, e]) x[t])
 
 The checkpoint of a multimodal Llama 4 gives its text part; the vision tower's tensors are not read.
+
+Left as transformers has it: chunks of the attention, and the temperature by which it is tuned, count the places of a
+row, not of a document packed into it. Both begin to matter beyond 8,192 tokens a row.
 """
 
 from __future__ import annotations
