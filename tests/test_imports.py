@@ -17,7 +17,8 @@ ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
     {"devices", "kernels"},  # level 1
-    {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
+    {"experts", "linear", "samples", "demo"},  # level 2, in four rows: samples below data,
+    {"adapters"},  # rewrite families into what experts.py serves,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model", "merge"},  # level 3

@@ -2,7 +2,8 @@
 
 transformers' own conversion mapping says which checkpoint tensors make up which parameter (three tensors an expert in
 Qwen3-MoE's files become one fused 3D parameter); we run its converters on one expert at a time, so that the peak is one
-expert, not one layer. What a family's checkpoint looks like is therefore transformers' knowledge, not ours.
+expert, not one layer. What a family's checkpoint looks like is therefore transformers' knowledge, not ours; where
+`adapters` rewrite a family, they add to the mapping.
 
 Left out here: writing back in the checkpoint's own names (export), FP8 and native 4-bit sources.
 """
@@ -24,15 +25,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 
+from usaf import adapters
 from usaf.errors import UserError
-from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module, projection_names
+from usaf.experts import EXPERTS_IMPLEMENTATION, find_layers, is_experts_module, projection_names
 from usaf.tensor_file import TensorEntry, TensorFile, one_line
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -46,11 +50,11 @@ HUB_NOT = ["*/*", "consolidated*"]  # the same weights again, in the formats of 
 
 
 class Piece(NamedTuple):
-    """A tensor of the checkpoint, or one row of its first dimension: what one expert, or one parameter, is made of."""
+    """A tensor of the checkpoint, or a span of its first dimension: what one expert, or one parameter, is made of."""
 
     key: str
     pattern: str  # the converter's for it
-    row: int | None  # None: all of it
+    rows: tuple[int, int] | None  # None: all of it
 
 
 @dataclass
@@ -99,7 +103,7 @@ class Checkpoint:
                                 "index and shards are of different checkpoints, download them again")  # fmt: skip
 
     def _plan(self) -> dict[str, Source]:
-        mapping = get_model_conversion_mapping(self.model)
+        mapping = [*get_model_conversion_mapping(self.model), *adapters.conversions(self.model)]
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -114,7 +118,9 @@ class Checkpoint:
                 self.unexpected.append(key)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            sources.setdefault(target, Source(converter)).keys.append((key, pattern or key))
+            first, *others = converter.target_patterns if converter is not None else [""]
+            for each in (target, *(target.replace(first, other) for other in others)):  # one tensor may make several
+                sources.setdefault(each, Source(converter)).keys.append((key, pattern or key))
         return sources
 
     def _check_parameters(self) -> None:
@@ -174,21 +180,26 @@ class Checkpoint:
     def expert_pieces(self, target: str, e: int, num_experts: int) -> list[Piece] | None:
         """Where expert e of a fused parameter lies, in the converter's order: whole tensors, or rows of fused ones."""
         source = self.sources[target]
-        if source.converter is None:
-            return [Piece(key, pattern, e) for key, pattern in source.keys]
-        if not isinstance(source.converter.operations[0], MergeModulelist):
+        operations = [] if source.converter is None else source.converter.operations
+        if all(keeps_experts_apart(operation) for operation in operations):
+            return [Piece(key, pattern, self._rows_of_expert(key, e, num_experts)) for key, pattern in source.keys]
+        if not isinstance(operations[0], MergeModulelist):
             return None
         return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
 
+    def _rows_of_expert(self, key: str, e: int, num_experts: int) -> tuple[int, int]:
+        """Of a tensor that holds all experts, one after another: the entries of its first dimension that are e's."""
+        each = self.entry(key).shape[0] // num_experts
+        return e * each, (e + 1) * each
+
     def piece_shape(self, piece: Piece) -> tuple[int, ...]:
         shape = self.entry(piece.key).shape
-        return shape if piece.row is None else (1, *shape[1:])
+        return shape if piece.rows is None else (piece.rows[1] - piece.rows[0], *shape[1:])
 
     def read_piece(self, piece: Piece) -> Tensor:
-        """The tensor, or [1, ...] where the piece is a row of one."""
-        if piece.row is None:
+        if piece.rows is None:
             return self.tensor(piece.key)
-        return self.file(self.shards[piece.key]).read_rows(piece.key, piece.row, piece.row + 1)
+        return self.file(self.shards[piece.key]).read_rows(piece.key, *piece.rows)
 
     def assemble(self, target: str, pieces: list[Piece], tensors: list[Tensor]) -> Tensor:
         """What the converter makes of `tensors`, one for each piece."""
@@ -242,7 +253,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def num_layers(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
+        return len(find_layers(self.model)[1])
 
     def expert_parameters(self) -> dict[str, tuple[str, str]]:
         """The experts modules: name -> (full name of the first projection, of the second)."""
@@ -252,6 +263,16 @@ class Checkpoint:
                 up, down = projection_names(module)
                 found[name] = (f"{name}.{up}", f"{name}.{down}")
         return found
+
+
+def keeps_experts_apart(operation: Any) -> bool:
+    """Whether a step of a converter leaves the first dimension, the experts', alone: then one expert's rows make the
+    same of themselves as they do among all. Adapters mark steps of their own (`expertwise`)."""
+    if type(operation) is Concatenate:
+        return operation.dim > 0
+    if type(operation) is Transpose:  # with check_dims it compares with the shape of the whole
+        return operation.dim0 > 0 and operation.dim1 > 0 and not operation.check_dims
+    return getattr(operation, "expertwise", False)
 
 
 def resolve_model(model: str) -> Path:
@@ -349,7 +370,10 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
     """
     cls = model_class(config)
     config = copy.deepcopy(config)
-    config.get_text_config().output_router_logits = False  # the loss is ours; no auxiliary term
+    text = config.get_text_config()
+    text.output_router_logits = False  # the loss is ours; no auxiliary term
+    if cls.config_class is type(text):  # the class of the text part alone, for a multimodal checkpoint too
+        config = text
     try:
         with torch.device("meta"):
             model = cls._from_config(
@@ -362,6 +386,8 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
         raise UserError(f"MODEL: transformers {transformers.__version__} cannot build {cls.__name__} from config.json "
                         f"({one_line(error)[:300]})") from None  # fmt: skip
     if not any(is_experts_module(m) for m in model.modules()):
-        raise UserError(f"MODEL: {config.model_type} has no MoE layers that transformers' experts interface serves; "
-                        "USAF trains experts, so choose a Mixture-of-Experts model")  # fmt: skip
+        adapters.adapt(model)
+    if not any(is_experts_module(m) for m in model.modules()):
+        raise UserError(f"MODEL: {config.model_type} has no MoE layers that transformers' experts interface or an "
+                        "adapter serves; USAF trains experts, so choose a Mixture-of-Experts model")  # fmt: skip
     return model.eval()

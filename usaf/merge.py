@@ -99,7 +99,7 @@ class Merge:
         for target in self.targets:
             for e in range(self.num_experts(target)):
                 for piece in self.pieces(target, e):
-                    found[piece.key] = ExpertKey(target, e if piece.row is None else None)
+                    found[piece.key] = ExpertKey(target, e if piece.rows is None else None)
         return found
 
     @cached_property
@@ -123,7 +123,7 @@ class Merge:
     # -- experts -------------------------------------------------------------------------------------------------------
 
     def expert_piece(self, key: str, e: int) -> Tensor:
-        """What the checkpoint's tensor `key` holds of expert e, in the output's type: all of it, or [1, ...] of it."""
+        """What the checkpoint's tensor `key` holds of expert e, in the output's type: all of it, or its rows."""
         target = self.expert_keys[key].target
         if self._last is None or self._last[0] != (target, e):  # the tensors of an expert lie side by side
             merged = self._merge_pieces(target, e)
