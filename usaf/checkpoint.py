@@ -16,12 +16,11 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -38,16 +37,25 @@ from transformers.core_model_loading import (
 from usaf import adapters
 from usaf.errors import UserError
 from usaf.experts import EXPERTS_IMPLEMENTATION, find_layers, is_experts_module, projection_names
+from usaf.tensor_file import TensorEntry, TensorFile, one_line
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-READABLE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-WHOLE_DTYPES = {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
-                "BOOL": torch.bool}  # fmt: skip
+FLOAT_CODES = ("F32", "F16", "BF16", "F64")
+WHOLE_CODES = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 # 4 KiB blocks of each shard that stand for its content where hashing 60 GB would take minutes.
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 HUB_SECONDS = 10.0  # the model hub must answer within these, or what is in its cache must do
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 HUB_NOT = ["*/*", "consolidated*"]  # the same weights again, in the formats of other programs
+
+
+class Piece(NamedTuple):
+    """A tensor of the checkpoint, or one stretch of its first dimension: what an expert, or a parameter, is made of."""
+
+    key: str
+    pattern: str  # the converter's for it
+    row: int | None  # None: all of it; else the number of the stretch
+    height: int = 1  # of a stretch: 1 where the tensor is [E, ...], more where experts lie one behind the other
 
 
 @dataclass
@@ -70,23 +78,27 @@ class Checkpoint:
         self.folder = folder
         self.config = read_config(folder)
         self.shards = read_index(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._check_shards()
         self.model = meta_model(self.config, attention)
         self.unexpected: list[str] = []
+        self._patterns: dict[str, dict[str, list[str]]] = {}
         self.sources = self._plan()
         self._check_parameters()
 
-    def _open(self, shard: str) -> Any:
+    def file(self, shard: str) -> TensorFile:
         if shard not in self._files:
-            self._files[shard] = open_shard(self.folder / shard)
+            self._files[shard] = TensorFile(self.folder / shard)
         return self._files[shard]
+
+    def entry(self, key: str) -> TensorEntry:
+        return self.file(self.shards[key]).entries[key]
 
     def _check_shards(self) -> None:
         """Every tensor that the index names is in its shard. Headers only."""
         for shard in sorted(set(self.shards.values())):
             wanted = {key for key, at in self.shards.items() if at == shard}
-            absent = sorted(wanted - set(self._open(shard).keys()))
+            absent = sorted(wanted - set(self.file(shard).entries))
             if absent:
                 raise UserError(f"{self.folder / INDEX_NAME}: says that {shard} holds {absent[0]}, which it does not; "
                                 "index and shards are of different checkpoints, download them again")  # fmt: skip
@@ -135,20 +147,21 @@ class Checkpoint:
                                 "the 16-bit checkpoint of this model")  # fmt: skip
 
     def _dtype(self, key: str) -> torch.dtype:
-        code = self._open(self.shards[key]).get_slice(key).get_dtype()
-        dtype = READABLE_DTYPES.get(code) or WHOLE_DTYPES.get(code)
-        if dtype is None:
+        code = self.entry(key).code
+        if code not in FLOAT_CODES + WHOLE_CODES:
             raise UserError(f"{self.folder / self.shards[key]}: {key} has dtype {code}, which cannot be read yet; use "
-                            f"a checkpoint in {', '.join(READABLE_DTYPES)}")  # fmt: skip
-        return dtype
+                            f"a checkpoint in {', '.join(FLOAT_CODES)}")  # fmt: skip
+        return self.file(self.shards[key]).dtype(key)
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return self._dtype(key)
 
     def _without_data(self, key: str) -> Tensor:
-        shape = self._open(self.shards[key]).get_slice(key).get_shape()
-        return torch.empty(shape, dtype=self._dtype(key), device="meta")
+        return torch.empty(self.entry(key).shape, dtype=self._dtype(key), device="meta")
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint under its own name, mapped from the file."""
-        return self._open(self.shards[key]).get_tensor(key)
+        """One tensor of the checkpoint under its own name."""
+        return self.file(self.shards[key]).read(key)
 
     def dtype(self, target: str) -> torch.dtype:
         """What a parameter is stored in; its data are not read."""
@@ -160,27 +173,45 @@ class Checkpoint:
 
     def read_expert(self, target: str, e: int, num_experts: int) -> Tensor:
         """Expert e of a fused parameter [E, a, b], as [a, b]; nothing else of it is read."""
+        pieces = self.expert_pieces(target, e, num_experts)
+        if pieces is None:
+            return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
+        return self.assemble(target, pieces, [self.read_piece(piece) for piece in pieces])[0]
+
+    def expert_pieces(self, target: str, e: int, num_experts: int) -> list[Piece] | None:
+        """Where expert e of a fused parameter lies, in the converter's order: whole tensors, or rows of fused ones."""
         source = self.sources[target]
         if source.converter is None:
-            key = source.keys[0][0]
-            return self._open(self.shards[key]).get_slice(key)[e]
+            return [Piece(key, pattern, e) for key, pattern in source.keys]
         if all(keeps_experts_apart(operation) for operation in source.converter.operations):
-            return self._assemble(target, source.keys, lambda key: self._rows_of_expert(key, e, num_experts))[0]
+            heights = [self.entry(key).shape[0] // num_experts for key, _ in source.keys]
+            return [Piece(*key, e, height) for key, height in zip(source.keys, heights, strict=True)]
         if not isinstance(source.converter.operations[0], MergeModulelist):
-            return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
-        by_pattern = self._by_pattern(target, num_experts)
-        return self._assemble(target, [(keys[e], pattern) for pattern, keys in by_pattern.items()], self.tensor)[0]
+            return None
+        return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
 
-    def _rows_of_expert(self, key: str, e: int, num_experts: int) -> Tensor:
-        """Expert e's part of a tensor that holds all of them, one after another; nothing else of it is read."""
-        rows = self._open(self.shards[key]).get_slice(key)
-        each = rows.get_shape()[0] // num_experts
-        return rows[e * each : (e + 1) * each]
+    def piece_shape(self, piece: Piece) -> tuple[int, ...]:
+        shape = self.entry(piece.key).shape
+        return shape if piece.row is None else (piece.height, *shape[1:])
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        """The tensor, or [height, ...] where the piece is a stretch of one."""
+        if piece.row is None:
+            return self.tensor(piece.key)
+        first = piece.row * piece.height
+        return self.file(self.shards[piece.key]).read_rows(piece.key, first, first + piece.height)
+
+    def assemble(self, target: str, pieces: list[Piece], tensors: list[Tensor]) -> Tensor:
+        """What the converter makes of `tensors`, one for each piece."""
+        found = iter(tensors)
+        return self._assemble(target, [(piece.key, piece.pattern) for piece in pieces], lambda _: next(found))
 
     def _by_pattern(self, target: str, num_experts: int) -> dict[str, list[str]]:
         """The converter's pattern -> the tensors that match it, one for each expert where the experts are apart."""
         source = self.sources[target]
-        by_pattern: dict[str, list[str]] = {}
+        if target in self._patterns:
+            return self._patterns[target]
+        by_pattern = self._patterns[target] = {}
         for key, pattern in source.keys:
             by_pattern.setdefault(pattern, []).append(key)
         if source.converter is None or not isinstance(source.converter.operations[0], MergeModulelist):
@@ -221,10 +252,6 @@ class Checkpoint:
                     digest.update(file.read(BLOCK_BYTES))
         return digest.hexdigest()
 
-    def close(self) -> None:
-        """Drop the mapped files: on Windows these can be neither replaced nor deleted. Reading maps them again."""
-        self._files.clear()
-
     def num_layers(self) -> int:
         return len(find_layers(self.model)[1])
 
@@ -246,22 +273,6 @@ def keeps_experts_apart(operation: Any) -> bool:
     if type(operation) is Transpose:  # with check_dims it compares with the shape of the whole
         return operation.dim0 > 0 and operation.dim1 > 0 and not operation.check_dims
     return getattr(operation, "expertwise", False)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def open_shard(path: Path) -> Any:
-    """The safetensors file, mapped, its header read."""
-    try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: this file of the checkpoint is missing; download it again") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check its rights") from None
 
 
 def resolve_model(model: str) -> Path:
@@ -323,7 +334,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """checkpoint key -> shard file name. A single file goes before an index, as in transformers."""
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():
-        return dict.fromkeys(open_shard(single).keys(), SINGLE_NAME)
+        return dict.fromkeys(TensorFile(single).entries, SINGLE_NAME)
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

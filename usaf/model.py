@@ -28,8 +28,9 @@ from usaf.devices import Backend
 from usaf.errors import UserError
 from usaf.expert_store import ExpertStore
 from usaf.experts import ExpertBank, attach_banks, find_layers, is_experts_module, projection_names
-from usaf.files import fingerprint, tensor_bytes
+from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
+from usaf.tensor_file import tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, routers: set[str
             value = backend.held(value)
         else:
             value = value.to(backend.compute_dtype)
-    value = value.clone()  # the checkpoint's files are not to stay mapped
+    value = value.clone()  # a converter may hand out a view of something larger
     if attribute in owner._parameters:
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:
