@@ -47,7 +47,7 @@ class RowsToExperts(ConversionOps):
             tensor = tensors[0] if isinstance(tensors, list) else tensors
             if not self.inverse and len(tensor) % self.rows:
                 raise UserError(f"{about['full_layer_name']}: {len(tensor)} rows are no whole number of experts of "
-                                f"{self.rows} rows; checkpoint and config.json are of different models, download them again"
+                                f"{self.rows} rows; config.json is of another model, download it again"
                                 )  # fmt: skip
             converted[pattern] = tensor.flatten(0, 1) if self.inverse else tensor.unflatten(0, (-1, self.rows))
         return converted
