@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, Transpose, WeightConverter, WeightTransform
 
 from usaf.adapters.fused import FusedExperts, modules_named, on_meta
+from usaf.errors import UserError
 
 MODEL_TYPES = ("dbrx",)
 
@@ -40,10 +41,14 @@ class RowsToExperts(ConversionOps):
         self.rows, self.inverse = rows, inverse
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         converted = {}
         for pattern, tensors in input_dict.items():
             tensor = tensors[0] if isinstance(tensors, list) else tensors
+            if not self.inverse and len(tensor) % self.rows:
+                raise UserError(f"{about['full_layer_name']}: {len(tensor)} rows are no whole number of experts of "
+                                f"{self.rows} rows; config.json is of another model, download it again"
+                                )  # fmt: skip
             converted[pattern] = tensor.flatten(0, 1) if self.inverse else tensor.unflatten(0, (-1, self.rows))
         return converted
 
