@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "usaf"
 ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
-    {"devices", "kernels"},  # level 1
+    {"devices", "kernels", "source_formats", "partial"},  # level 1
     {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint

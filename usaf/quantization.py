@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,44 @@ _FP16_SMALLEST_NORMAL = 2.0**-14
 _FP16_SUBNORMAL_STEP = 2.0**-24
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How weights are written in few bits: all that `QuantizedTensor` says beside shape and tensors, and their types.
+
+    name: where it comes from, "hqq" or what the checkpoint has; table: the values of the 16 codes, where there is one.
+    """
+
+    name: str
+    group_size: int
+    bits: int
+    scale: torch.dtype
+    offset: torch.dtype | None
+    table: tuple[float, ...] | None
+    dtype: torch.dtype
+
+    def tensors(self, shape: tuple[int, int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of the tensors that hold weights [E, out, in], by the names of `QuantizedTensor.tensors`."""
+        experts, rows, columns = shape
+        groups = (experts, rows, -(-columns // self.group_size))
+        named: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "packed": (torch.uint8, (experts, rows, columns if self.bits == 8 else (columns + 1) // 2)),
+            "scale": (self.scale, groups),
+        }
+        return named if self.offset is None else {**named, "offset": (self.offset, groups)}
+
+    def of(self, tensors: Mapping[str, Tensor], shape: tuple[int, int, int]) -> QuantizedTensor:
+        table = None if self.table is None else torch.tensor(self.table)
+        offset = tensors.get("offset")
+        return QuantizedTensor(
+            tensors["packed"], tensors["scale"], offset, shape, self.group_size, self.bits, table, self.dtype
+        )  # fmt: skip
+
+
+def hqq_encoding(group_size: int, bits: int) -> Encoding:
+    """What `quantize` gives."""
+    return Encoding("hqq", group_size, bits, torch.float16, torch.float16, None, torch.float16)
+
+
 class QuantizedTensor(NamedTuple):
     """Fused expert weights `[E, out, in]` as codes, scales, and offsets or a table; see the module."""
 
@@ -86,11 +125,8 @@ class QuantizedTensor(NamedTuple):
 
     def expert(self, index: int) -> QuantizedTensor:
         """The weights of one expert as a tensor with E = 1; shares memory with this one."""
-        chosen = slice(index, index + 1)
-        return self._replace(
-            packed=self.packed[chosen], scale=self.scale[chosen], shape=(1, self.shape[1], self.shape[2]),
-            offset=None if self.offset is None else self.offset[chosen],
-        )  # fmt: skip
+        chosen = {name: tensor[index : index + 1] for name, tensor in self.tensors().items()}
+        return self.replace(chosen, (1, self.shape[1], self.shape[2]))
 
     def to(self, device: torch.device) -> QuantizedTensor:
         """The same weights on a device; bfloat16 scales become fp32 where that device lacks their type."""
@@ -109,6 +145,12 @@ class QuantizedTensor(NamedTuple):
         """The tensors that have an entry for each expert, by name."""
         named = {"packed": self.packed, "scale": self.scale, "offset": self.offset}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def replace(self, tensors: Mapping[str, Tensor], shape: tuple[int, int, int]) -> QuantizedTensor:
+        """Other tensors in the same format, by the names of `tensors()`."""
+        return self._replace(
+            packed=tensors["packed"], scale=tensors["scale"], offset=tensors.get("offset"), shape=shape
+        )  # fmt: skip
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -161,7 +203,9 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -
     Runs on any device: no bit shifts, no scatter, no search.
     """
     experts, rows, columns = quantized.shape
-    flat = quantized._replace(**{name: t.reshape(experts * rows, -1) for name, t in quantized.tensors().items()})
+    flat = quantized.replace(
+        {name: t.reshape(experts * rows, -1) for name, t in quantized.tensors().items()}, quantized.shape
+    )  # fmt: skip
     step = max(1, DECODE_ELEMENTS // columns)
     if experts * rows <= step:
         return _decode_rows(flat, slice(None)).to(dtype).reshape(quantized.shape)
