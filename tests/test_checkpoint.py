@@ -165,11 +165,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     ),
     "type of an expert": (
         lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if ".2.mlp.experts.3.up" in k}),
-        r"experts\.3\.up_proj\.weight has dtype F8_E4M3, which cannot be read yet; use a checkpoint in F32, F16",
+        r"experts\.3\.up_proj\.weight has dtype F8_E4M3 and no scale beside it, .*; use a checkpoint in F32, F16",
     ),
     "type of a dense weight": (
         lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e5m2)}),
-        r"lm_head\.weight has dtype F8_E5M2, which cannot be read yet",
+        r"lm_head\.weight has dtype F8_E5M2 and no scale beside it",
     ),
     "integers for weights": (
         lambda t: t.update({"lm_head.weight": torch.ones(128, 64, dtype=torch.uint8)}),
@@ -261,8 +261,8 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json: transformers .* cannot read it",
     ),
     "quantised": (
-        lambda p: edit_json(p, quantization_config={"quant_method": "fp8"}),
-        r"config.json: the weights are already quantised \(fp8\), which is not supported yet; use the 16-bit",
+        lambda p: edit_json(p, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "config.json: quantization_config says GPTQ int4, which cannot be read; use this model in 16 bits, FP8",
     ),
     "other experts": (
         lambda p: edit_json(p, num_experts=4, num_local_experts=4),  # the name in the file depends on transformers
