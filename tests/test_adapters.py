@@ -33,11 +33,12 @@ from safetensors.torch import load_file
 from test_model import in_type, training_step
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+from transformers.core_model_loading import Chunk, Concatenate, ConversionOps, Transpose, WeightConverter
 
 from usaf import adapters, evaluate, export
+from usaf.adapters.dbrx import RowsToExperts
 from usaf.adapters.fused import FusedExperts
-from usaf.checkpoint import SINGLE_NAME, Checkpoint, keeps_experts_apart, meta_model
+from usaf.checkpoint import SINGLE_NAME, Checkpoint, expert_by_expert, meta_model
 from usaf.data import Batch
 from usaf.delta import load_delta
 from usaf.errors import UserError
@@ -168,7 +169,7 @@ def test_one_expert_is_read_at_a_time(
     checkpoint = Checkpoint(checkpoint_of(family))
     targets = [target for pair in checkpoint.expert_parameters().values() for target in pair]
     whole = {target: checkpoint.read(target) for target in targets}
-    by_expert = isinstance(getattr(checkpoint.sources[targets[0]].converter, "operations", [0])[0], MergeModulelist)
+    by_expert = checkpoint.sources[targets[0]].experts_apart
     assert by_expert == (family == "longcat_flash")  # there a tensor is one expert's
     if not by_expert:
         monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("read a tensor of all experts"))
@@ -177,13 +178,14 @@ def test_one_expert_is_read_at_a_time(
             assert torch.equal(checkpoint.read_expert(target, e, len(whole[target])), whole[target][e]), (target, e)
 
 
-def test_steps_of_converters_that_mix_experts_are_told() -> None:
-    assert keeps_experts_apart(Concatenate(dim=1))
-    assert not keeps_experts_apart(Concatenate(dim=0))
-    assert keeps_experts_apart(Transpose(1, 2))
-    assert not keeps_experts_apart(Transpose(0, 1))
-    assert not keeps_experts_apart(Transpose(1, 2, check_dims=True))
-    assert not keeps_experts_apart(MergeModulelist(dim=0))
+@pytest.mark.parametrize(
+    ("operation", "apart"),
+    [(Concatenate(dim=1), True), (Concatenate(dim=0), False), (Transpose(1, 2), True), (Transpose(0, 1), False),
+     (RowsToExperts(4), True), (Chunk(dim=1), False)],
+    ids=repr,
+)  # fmt: skip
+def test_converters_that_mix_experts_are_told(operation: ConversionOps, apart: bool) -> None:
+    assert expert_by_expert(WeightConverter("a", "b", operations=[operation])) == apart
 
 
 # -- the model against transformers

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from usaf import checkpoint as checkpoint_module
 from usaf.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, resolve_model
 from usaf.errors import UserError
+from usaf.tensor_file import TensorFile
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -91,8 +92,8 @@ def test_one_expert_is_read_from_its_own_tensors_alone(
 ) -> None:
     checkpoint = Checkpoint(folders())
     read: list[str] = []
-    tensor = checkpoint.tensor
-    monkeypatch.setattr(checkpoint, "tensor", lambda key: (read.append(key), tensor(key))[1])
+    whole = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, key: (read.append(key), whole(self, key))[1])
     (name, (up, _)), *_ = checkpoint.expert_parameters().items()
     checkpoint.read_expert(up, 5, 8)
     assert sorted(read) == [f"{name}.5.gate_proj.weight", f"{name}.5.up_proj.weight"]
@@ -165,11 +166,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     ),
     "type of an expert": (
         lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items() if ".2.mlp.experts.3.up" in k}),
-        r"experts\.3\.up_proj\.weight has dtype F8_E4M3, which cannot be read yet; use a checkpoint in F32, F16",
+        r"experts\.3\.up_proj\.weight has dtype F8_E4M3 and no scale beside it, .*; use a checkpoint in F32, F16",
     ),
     "type of a dense weight": (
         lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e5m2)}),
-        r"lm_head\.weight has dtype F8_E5M2, which cannot be read yet",
+        r"lm_head\.weight has dtype F8_E5M2 and no scale beside it",
     ),
     "integers for weights": (
         lambda t: t.update({"lm_head.weight": torch.ones(128, 64, dtype=torch.uint8)}),
@@ -261,8 +262,8 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json: transformers .* cannot read it",
     ),
     "quantised": (
-        lambda p: edit_json(p, quantization_config={"quant_method": "fp8"}),
-        r"config.json: the weights are already quantised \(fp8\), which is not supported yet; use the 16-bit",
+        lambda p: edit_json(p, quantization_config={"quant_method": "gptq", "bits": 4}),
+        "config.json: quantization_config says GPTQ int4, which cannot be read; use this model in 16 bits, FP8",
     ),
     "other experts": (
         lambda p: edit_json(p, num_experts=4, num_local_experts=4),  # the name in the file depends on transformers

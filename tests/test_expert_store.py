@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, random_model, tiny_config, write_checkpoint
+from runs import die_at, processes, wait
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from usaf import expert_store, files
+from usaf import expert_store, files, partial
 from usaf.checkpoint import SINGLE_NAME, Checkpoint
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 from usaf.expert_store import (
     FILE_NAME,
     LEGACY_NAME,
-    ExpertStore,
     check_store,
     convert,
     find_path,
@@ -177,19 +176,6 @@ def test_converting_takes_the_memory_of_few_experts(tmp_path: Path, monkeypatch:
     assert conversion_peak(folder, monkeypatch) < total / 2
 
 
-@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
-def test_a_conversion_that_breaks_off_leaves_nothing(folder: Path, error: BaseException) -> None:
-    before = sorted(folder.iterdir())
-
-    def progress(done: int, total: int, what: str) -> None:
-        if done == total:
-            raise error
-
-    with pytest.raises(type(error)):
-        convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, progress)
-    assert sorted(folder.iterdir()) == before
-
-
 def test_weights_that_are_not_finite_are_named_and_nothing_is_left(folder: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / SINGLE_NAME).items()}
     tensors["model.layers.1.mlp.experts.6.down_proj.weight"][3, 5] = torch.nan
@@ -201,72 +187,245 @@ def test_weights_that_are_not_finite_are_named_and_nothing_is_left(folder: Path)
     assert sorted(folder.iterdir()) == before
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from usaf.checkpoint import Checkpoint
-from usaf.expert_store import FILE_NAME, convert
-def progress(done, total, what):
-    if done == 20:
-        print("ready", flush=True)
-        time.sleep(600)
-folder = Path(sys.argv[1])
-convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, progress)
-"""
+# ---- interruptions --------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_conversion_left_is_no_4_bit_file_and_is_cleared_away(original: Path, folder: Path) -> None:
-    before = {path.name for path in folder.iterdir()}
-    (folder / f".{FILE_NAME}.1-0.partial").write_bytes((original / FILE_NAME).read_bytes()[:-1000])
-    (folder / ".another.safetensors.1-0.partial").write_bytes(b"")
-    assert find_path(Checkpoint(folder), None) == (folder / FILE_NAME, False)
-    open_or_make(Checkpoint(folder), None, 32, 4, quiet)
-    assert {path.name for path in folder.iterdir()} == before | {FILE_NAME, ".another.safetensors.1-0.partial"}
-    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
-def test_a_killed_conversion_leaves_no_file_and_the_next_one_clears_up(original: Path, folder: Path) -> None:
-    before = {path.name for path in folder.iterdir()}
-    child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder)], cwd=REPOSITORY, stdout=subprocess.PIPE, encoding="utf-8"
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    left = {path.name for path in folder.iterdir()} - before
-    assert [name.endswith(".partial") for name in left] == [True]
-    checkpoint = Checkpoint(folder)
-    assert find_path(checkpoint, None) == (folder / FILE_NAME, False)
-    open_or_make(checkpoint, None, 32, 4, quiet)
-    assert {path.name for path in folder.iterdir()} == before | {FILE_NAME}
-    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+PARTIAL, JOURNAL = f".{FILE_NAME}.partial", f".{FILE_NAME}.journal"
 
 
-def test_two_conversions_at_once_are_safe(original: Path, folder: Path) -> None:
-    """The second runs while the first is at its last expert; the first then keeps the file that the second made."""
-    inner: list[ExpertStore] = []
+def convert_in_process(folder: Path) -> None:
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, quiet)
+
+
+def stop_at(at: int, error: BaseException) -> Callable[[int, int, str], None]:
+    """A progress that raises once `at` experts are done."""
 
     def progress(done: int, total: int, what: str) -> None:
-        if done == total:
-            inner.append(open_or_make(Checkpoint(folder), None, 32, 4, quiet))
-            inode.append((folder / FILE_NAME).stat().st_ino)
+        if done == at:
+            raise error
 
-    inode: list[int] = []
-    store = open_or_make(Checkpoint(folder), None, 32, 4, progress)
-    assert (folder / FILE_NAME).stat().st_ino == inode[0], "a file that is mapped by now was replaced"
+    return progress
+
+
+@pytest.mark.parametrize("at", [1, 17, 32])
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+def test_a_conversion_that_breaks_off_goes_on(
+    original: Path, folder: Path, error: BaseException, at: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(folder)
+    with pytest.raises(type(error)):
+        convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, stop_at(at, error))
+    assert names(folder) == before | {PARTIAL, JOURNAL}
+    assert find_path(Checkpoint(folder), None) == (folder / FILE_NAME, False)
+    calls: list[int] = []
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, lambda done, total, what: calls.append(done))
+    assert calls == list(range(at + 1, 33))
+    assert f"its making goes on where it stopped, after {at} of 32 experts" in capsys.readouterr().out
+    assert names(folder) == before | {FILE_NAME}
     assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
-    assert all(same(store[name], inner[0][name]) for name in store.entries)
-    assert not list(folder.glob(".*partial"))
 
 
-def test_a_full_disk_is_refused_beforehand_with_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_in_conversion(where: str, count: int, flush_seconds: float) -> None:
+    """Called in the process that is to die: at the `count`-th file operation, or after so many experts."""
+    partial.FLUSH_SECONDS = flush_seconds
+    if where != "experts":
+        die_at(where, count)
+        return
+    step = partial.Partial.step
+
+    def dying(self: partial.Partial) -> None:
+        step(self)
+        if self.done == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    partial.Partial.step = dying  # type: ignore[method-assign]
+
+
+def _converting(folder: Path, arguments: tuple[Any, ...]) -> None:
+    kill_in_conversion(*arguments)
+    convert_in_process(folder)
+    os._exit(0)
+
+
+def run_and_kill(folder: Path, *arguments: Any) -> int:
+    process = processes().Process(target=_converting, args=(folder, arguments))
+    process.start()
+    return wait(process)
+
+
+needs_sigkill = pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+
+
+@needs_sigkill
+@pytest.mark.parametrize("flush_seconds", [0.0, 1e9], ids=["flushed each time", "never flushed"])
+@pytest.mark.parametrize("at", [1, 20])
+def test_a_killed_conversion_goes_on_with_what_was_flushed(
+    original: Path, folder: Path, at: int, flush_seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names(folder)
+    assert run_and_kill(folder, "experts", at, flush_seconds) == -signal.SIGKILL
+    assert names(folder) == before | {PARTIAL, JOURNAL}
+    convert_in_process(folder)
+    assert names(folder) == before | {FILE_NAME}
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+    went_on = f"after {at} of 32 experts" in capsys.readouterr().out
+    assert went_on == (flush_seconds == 0)
+
+
+@needs_sigkill
+def test_killed_at_any_file_operation_it_comes_to_the_same_file(original: Path, folder: Path) -> None:
+    """Each attempt is killed one operation later than the one before, and the next goes on from what it left."""
+    before, count = names(folder), 1
+    while run_and_kill(folder, str(folder / "."), count, 0.0) != 0:
+        left = names(folder) - before
+        assert left <= {PARTIAL, JOURNAL, FILE_NAME}
+        if FILE_NAME in left:
+            assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+            break
+        count += 1
+        assert count < 60
+    assert count > 5, "operations that could be killed at"
+    convert_in_process(folder)
+    assert names(folder) - {JOURNAL} == before | {FILE_NAME}
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+def interrupted(folder: Path, at: int = 20) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, stop_at(at, KeyboardInterrupt()))
+
+
+def test_a_partial_file_of_other_settings_or_weights_is_made_anew(
+    original: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(folder)
+    calls: list[int] = []
+    convert(Checkpoint(folder), folder / "x.safetensors", 32, 4, quiet)  # another target: not concerned
+    assert PARTIAL in names(folder)
+    with pytest.raises(KeyboardInterrupt):
+        convert(Checkpoint(folder), folder / FILE_NAME, 64, 4, stop_at(3, KeyboardInterrupt()))
+    assert f"{PARTIAL}: was begun for other weights or settings, and is made anew" in capsys.readouterr().out
+    tensors = {n: t + 0.01 if "layers.1" in n else t.clone() for n, t in load_file(folder / SINGLE_NAME).items()}
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    convert(Checkpoint(folder), folder / FILE_NAME, 64, 4, lambda done, total, what: calls.append(done))
+    assert calls == list(range(1, 33))
+    assert "made anew" in capsys.readouterr().out
+    check_store(read_store(folder / FILE_NAME), Checkpoint(folder), 64, 4)
+
+
+TORN: dict[str, tuple[Callable[[Path], Any], int]] = {
+    "a line that was cut short": (lambda p: p.write_bytes(p.read_bytes() + b'{"done": 29'), 20),
+    "lines after it": (lambda p: p.write_bytes(p.read_bytes() + b'{"do\n{"done": 29}\n'), 0),
+    "no lines": (lambda p: p.write_bytes(b""), 0),
+    "half of the first": (lambda p: p.write_bytes(p.read_bytes()[:20]), 0),
+    "none": (lambda p: p.unlink(), 0),
+}
+
+
+@pytest.mark.parametrize("what", TORN)
+def test_a_journal_is_trusted_as_far_as_it_is_whole(original: Path, folder: Path, what: str) -> None:
+    interrupted(folder)
+    damage, done = TORN[what]
+    damage(folder / JOURNAL)
+    calls: list[int] = []
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, lambda done, total, what: calls.append(done))
+    assert calls[0] == done + 1
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+def test_a_partial_file_of_another_size_is_made_anew(original: Path, folder: Path) -> None:
+    interrupted(folder)
+    os.truncate(folder / PARTIAL, 1000)
+    convert_in_process(folder)
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+def test_data_are_flushed_before_they_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power loss takes away was never promised: nothing is written to the partial file between its last fsync
+    and the journal's line."""
+    order: list[str] = []
+    flush = partial.flush
+    monkeypatch.setattr(partial, "flush", lambda file: (order.append(Path(file.name).name), flush(file)))
+    monkeypatch.setattr(partial, "FLUSH_SECONDS", 0.0)
+    convert_in_process(folder)
+    assert order[:2] == [PARTIAL, JOURNAL]
+    assert order[2:] == [PARTIAL, JOURNAL] * 32
+
+
+def test_two_conversions_at_once(original: Path, folder: Path) -> None:
+    """The second is refused in one line, and changes nothing; the first goes on."""
+    refused: list[str] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        if done == 7:
+            with pytest.raises(UserError, match="another process is making this file; wait until") as caught:
+                convert_in_process(folder)
+            refused.append(str(caught.value))
+
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, progress)
+    assert len(refused) == 1
+    assert "\n" not in refused[0]
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+    assert not {PARTIAL, JOURNAL} & names(folder)
+
+
+def test_a_file_that_another_process_finished_meanwhile_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be mapped by then."""
+    checkpoint = Checkpoint(folder)
+    continued = expert_store.continued
+
+    def late(path: Path, *rest: Any) -> Any:
+        path.write_bytes(b"theirs")
+        return continued(path, *rest)
+
+    monkeypatch.setattr(expert_store, "continued", late)
+    convert(checkpoint, folder / FILE_NAME, 32, 4, forbidden)
+    assert (folder / FILE_NAME).read_bytes() == b"theirs"
+    assert not {PARTIAL, JOURNAL} & names(folder)
+
+
+def test_a_disk_that_fills_up_midway(original: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = names(folder)
+
+    def full(done: int, total: int, what: str) -> None:
+        if done == 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match="the disk is full .*; what is done is kept in .*the same command goes on"):
+        convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, full)
+    assert names(folder) == before | {PARTIAL, JOURNAL}
+    calls: list[int] = []
+    convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, lambda done, total, what: calls.append(done))
+    assert calls[0] == 13
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+def test_what_a_partial_file_takes_already_is_not_asked_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(folder, 31)
+    held = partial.allocated_bytes(folder / FILE_NAME)
+    assert held > 0
+    needed = (folder / PARTIAL).stat().st_size - held
+    for free in (needed - 1, needed):
+        usage = shutil._ntuple_diskusage(10**9, 0, free)  # type: ignore[attr-defined]
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if free < needed:
+            with pytest.raises(UserError, match="the 4-bit file needs"):
+                convert_in_process(folder)
+        else:
+            convert_in_process(folder)
+
+
+def test_a_full_disk_is_refused_beforehand_with_sizes(
+    original: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sorted(folder.iterdir())
-    needed = sum(q.packed.numel() + 2 * q.scale.numel() + 2 * q.offset.numel() for q in
-                 (quantize(torch.ones(s), 32, 4) for s in [(8, 96, 64), (8, 64, 48)] * 2))  # fmt: skip
+    needed = (original / FILE_NAME).stat().st_size
     for free, refused in ((needed, False), (needed - 1, True)):
         usage = shutil._ntuple_diskusage(10**9, 0, free)  # type: ignore[attr-defined]
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)

@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "usaf"
 ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
-    {"devices", "kernels"},  # level 1
+    {"devices", "kernels", "source_formats", "partial"},  # level 1
     {"experts", "linear", "samples", "demo"},  # level 2, in four rows: samples below data,
     {"adapters"},  # rewrite families into what experts.py serves,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,

@@ -172,7 +172,7 @@ def test_resident_needs_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch)
     assert decide_resident([bank], "0", host) == (False, "USE_RESIDENT=0")
 
 
-@pytest.mark.parametrize(("held", "mark"), [(399, "16-bit copies would take"), (None, "does not say")])
+@pytest.mark.parametrize(("held", "mark"), [(399, "decoded copies would take"), (None, "does not say")])
 def test_resident_on_a_card_looks_at_the_card(monkeypatch: pytest.MonkeyPatch, held: int | None, mark: str) -> None:
     """The copies lie there, however much the host has free."""
     bank: Any = SimpleNamespace(numel=100)
@@ -192,7 +192,7 @@ def test_resident_is_measured(world: World, monkeypatch: pytest.MonkeyPatch, fas
     assert world.train(tag, STEPS=1) == 0
     decisions = read_json(world.runs / tag / "settings.json")["decisions"]
     assert decisions["resident"] is faster
-    assert "widening a 16-bit copy" in decisions["resident_reason"]
+    assert "widening a decoded copy" in decisions["resident_reason"]
 
 
 def test_a_decision_is_taken_over_and_a_setting_goes_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from operators import OperatorRecorder, directml_fallbacks, directml_types
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -378,17 +379,95 @@ def test_unreadable_entries_are_one_line(entry, message: str) -> None:
         dequantize_4bit(entry)
 
 
-def test_decoding_calls_only_operators_that_every_device_has() -> None:
-    class Names(TorchDispatchMode):
-        seen: set[str] = set()
+@pytest.mark.parametrize("name", ["hqq", "int4", "int4 fp32", "zero points", "e2m1"])
+def test_decoding_stays_on_directml(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "BF16_DEVICES", ())
+    stored = quantize(heavy_tailed("normal", 12, (2, 4, 75)), 32) if name == "hqq" else table_entry(name, 32, 75, 1)
+    stored = stored.to(torch.device("cpu"))
+    dequantize(stored)  # the table of powers is made once
+    with OperatorRecorder() as recorder:
+        dequantize(stored, stored.resident_dtype())
+    assert directml_fallbacks(recorder) == []
+    assert directml_types(recorder) == []
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.seen.add(func._schema.name.removeprefix("aten::"))
-            return func(*args, **(kwargs or {}))
 
-    stored = quantize(heavy_tailed("normal", 12, (2, 4, 75)), 32)
-    with Names() as names:
-        dequantize(stored)
-    arithmetic = {"remainder", "floor_divide", "mul", "add", "stack", "cat", "_to_copy", "clone"}
-    views = {"view", "_unsafe_view", "slice", "unsqueeze", "reshape", "_reshape_alias", "alias"}
-    assert names.seen <= arithmetic | views
+def table_entry(name: str, group_size: int, columns: int, seed: int) -> QuantizedTensor:
+    """Random codes with what each filling of the store has beside them."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (2, 6, columns)
+    groups = -(-columns // group_size)
+    packed = pack_nibbles(torch.randint(0, 16, shape, dtype=torch.uint8, generator=draw))
+    bf16_scale = (torch.rand((2, 6, groups), generator=draw) * 0.02 + 1e-4).bfloat16()
+    exponents = torch.randint(100, 140, (2, 6, groups), dtype=torch.uint8, generator=draw)
+    int4, e2m1 = torch.tensor(quantization.INT4_VALUES), torch.tensor(quantization.E2M1_VALUES)
+    zero_points = torch.randint(0, 16, (2, 6, groups), generator=draw)
+    kinds = {
+        "int4": (bf16_scale, None, int4, torch.bfloat16),
+        "int4 fp16": (bf16_scale.half(), None, int4, torch.float16),
+        "int4 fp32": (bf16_scale.float() * 1.2345, None, int4, torch.bfloat16),
+        "zero points": (bf16_scale, -(bf16_scale.float() * zero_points), None, torch.bfloat16),
+        "e2m1": (exponents, None, e2m1, torch.bfloat16),
+    }
+    scale, offset, table, dtype = kinds[name]
+    return QuantizedTensor(packed, scale, offset, shape, group_size, 4, table, dtype)
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "device without bf16"])
+@pytest.mark.parametrize(("group_size", "columns"), [(32, 96), (32, 75), (7, 21), (128, 50)])
+@pytest.mark.parametrize("name", ["int4", "int4 fp16", "int4 fp32", "zero points", "e2m1"])
+def test_native_formats_decode_by_their_definition(
+    name: str, group_size: int, columns: int, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = table_entry(name, group_size, columns, seed=5)
+    codes = unpack_nibbles(stored.packed, columns).long()
+    scale = stored.scale.double() if stored.scale.dtype != torch.uint8 else 2.0 ** (stored.scale.double() - 127)
+    scale = scale.repeat_interleave(group_size, -1)[..., :columns]
+    if stored.offset is None:
+        assert stored.table is not None
+        exact = stored.table.double()[codes] * scale
+    else:
+        exact = codes.double() * scale + stored.offset.double().repeat_interleave(group_size, -1)[..., :columns]
+        whole = torch.round(exact / scale)  # the code less its zero point
+        assert torch.equal(whole * scale, exact), "an offset in fp32 must be exact"
+    expected = exact.float().to(stored.dtype)
+    if not bf16:
+        monkeypatch.setattr(quantization, "BF16_DEVICES", ())
+        stored = stored.to(torch.device("cpu"))
+        assert stored.scale.dtype != torch.bfloat16
+    assert torch.equal(dequantize(stored), expected.float())
+    assert stored.resident_dtype() == (stored.dtype if bf16 or stored.dtype == torch.float16 else torch.float32)
+    assert torch.equal(dequantize(stored, stored.resident_dtype()).float(), expected.float())
+    assert torch.equal(dequantize(stored.expert(1))[0], expected[1].float())
+    if bf16:
+        assert torch.equal(torch.signbit(dequantize(stored)), torch.signbit(expected)), "minus zero is kept"
+
+
+def test_rounding_without_bf16_is_that_of_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(3)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=draw).to(torch.int32)
+    ties = (bits & -65536) | 32768  # halfway between two bfloat16
+    values = torch.cat([bits, ties, ties + 1, ties - 1]).view(torch.float32)
+    values = values[values.isfinite() & (values.abs() < 2.0**110)]
+    powers = 2.0 ** torch.arange(-126, 110)
+    edges = torch.cat(
+        [powers, torch.nextafter(powers, torch.zeros(())), torch.nextafter(powers, torch.tensor(torch.inf))]
+    )
+    values = torch.cat([values, edges, -edges, torch.zeros(2)])
+    expected = values.bfloat16().float()
+    monkeypatch.setattr(quantization, "BF16_DEVICES", ())
+    assert torch.equal(quantization.round_to(values, torch.bfloat16), expected)
+
+
+def test_every_exponent_of_mxfp4_equals_transformers() -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    for first in range(0, 256, 16):
+        codes = torch.arange(first, first + 16, dtype=torch.uint8)
+        blocks = codes.reshape(1, 1, 1, 16).expand(1, 255, 1, 16).contiguous()
+        scales = torch.arange(255, dtype=torch.uint8).reshape(1, 255, 1)
+        expected = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)  # [1, 32, 255]
+        stored = QuantizedTensor(
+            blocks.reshape(1, 255, 16), scales, None, (1, 255, 32), 32, 4, torch.tensor(quantization.E2M1_VALUES),
+            torch.bfloat16,
+        )  # fmt: skip
+        decoded = dequantize(stored, torch.bfloat16)
+        assert torch.equal(decoded.view(torch.int16), expected.transpose(1, 2).contiguous().view(torch.int16))

@@ -22,10 +22,9 @@ import torch
 import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Concatenate,
     MergeModulelist,
     Transpose,
     WeightConverter,
@@ -37,11 +36,16 @@ from transformers.core_model_loading import (
 from usaf import adapters
 from usaf.errors import UserError
 from usaf.experts import EXPERTS_IMPLEMENTATION, find_layers, is_experts_module, projection_names
-from usaf.tensor_file import TensorEntry, TensorFile, one_line
+from usaf.quantization import Encoding, QuantizedTensor
+from usaf.source_formats import FourBit, Quantization, logical_tensors, read_quantization
+from usaf.tensor_file import Shards, TensorEntry, TensorFile, one_line
 
+JOINING = tuple(  # operations along one dimension `dim`; transformers 5.13 has only the first
+    getattr(core_model_loading, name)
+    for name in ("Concatenate", "Interleave")
+    if hasattr(core_model_loading, name)
+)  # fmt: skip
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-FLOAT_CODES = ("F32", "F16", "BF16", "F64")
-WHOLE_CODES = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 # 4 KiB blocks of each shard that stand for its content where hashing 60 GB would take minutes.
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 HUB_SECONDS = 10.0  # the model hub must answer within these, or what is in its cache must do
@@ -59,14 +63,35 @@ class Piece(NamedTuple):
 
 @dataclass
 class Source:
-    """The checkpoint tensors that make up one parameter of the model, in the order the converter wants them."""
+    """The logical tensors that make up one parameter of the model, in the order the converter wants them."""
 
     converter: WeightConverter | None
-    keys: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint key, the converter's pattern for it)
+    keys: list[tuple[str, str]] = field(default_factory=list)  # (logical key, the converter's pattern for it)
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether each expert has tensors of its own."""
+        return self.converter is not None and isinstance(self.converter.operations[0], MergeModulelist)
+
+
+class _OneExpert:
+    """The model as a converter sees it that works on a part of a fused parameter: shapes are those of that part."""
+
+    def __init__(self, model: PreTrainedModel, shapes: dict[str, torch.Size], count: int) -> None:
+        self.model, self.shapes, self.count = model, shapes, count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty((self.count, *self.shapes[name][1:]), device="meta")
 
 
 class Checkpoint:
     """`folder`, its `config`, the model class on the meta device (`model`), and the plan parameter -> Source.
+
+    `shards`: the file's own tensors -> their file; `stored`: the logical tensors; `quantization`: what config.json says
+    of weights that are not in 16 bits, None where they are.
 
     Raises:
         UserError: no checkpoint of an MoE language model, or not a whole one. All that headers tell is checked here,
@@ -75,23 +100,33 @@ class Checkpoint:
 
     def __init__(self, folder: Path, attention: str | None = None) -> None:
         self.folder = folder
-        self.config = read_config(folder)
+        self.config, self.quantization = read_config(folder)
         self.shards = read_index(folder)
-        self._files: dict[str, TensorFile] = {}
+        self.raw = Shards(folder, self.shards)
         self._check_shards()
+        self.stored = logical_tensors(self.raw, self.quantization)
         self.model = meta_model(self.config, attention)
         self.unexpected: list[str] = []
         self._patterns: dict[str, dict[str, list[str]]] = {}
+        # Of the model as transformers builds it: later, banks take the place of its experts.
+        self.shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items()}
         self.sources = self._plan()
         self._check_parameters()
 
     def file(self, shard: str) -> TensorFile:
-        if shard not in self._files:
-            self._files[shard] = TensorFile(self.folder / shard)
-        return self._files[shard]
+        return self.raw.file(shard)
 
     def entry(self, key: str) -> TensorEntry:
-        return self.file(self.shards[key]).entries[key]
+        """Of one of the file's own tensors."""
+        return self.raw.entry(key)
+
+    def parts(self, key: str) -> tuple[str, ...]:
+        """The file's own tensors that make up a logical one: itself, or codes, scales and what else belongs to them."""
+        return self.stored[key].parts
+
+    def format(self, key: str) -> str:
+        """How a logical tensor is stored: "plain", "fp8", "int4", "fp4" or "mxfp4" (see `source_formats`)."""
+        return self.stored[key].format
 
     def _check_shards(self) -> None:
         """Every tensor that the index names is in its shard. Headers only."""
@@ -110,7 +145,7 @@ class Checkpoint:
         wanted, prefix = self.model.state_dict(), self.model.base_model_prefix
         sources: dict[str, Source] = {}
         # The natural order (2 before 10) is what puts expert e at place e of every list.
-        for key in sorted(self.shards, key=dot_natural_key):
+        for key in sorted(self.stored, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
             if target not in wanted and key in wanted:
                 target, pattern = rename_source_key(key, [], [], prefix, wanted)
@@ -136,6 +171,7 @@ class Checkpoint:
             parameter = wanted[target]
             if target in experts:
                 self._by_pattern(target, len(parameter))
+                self.four_bit(target)
             found = self._assemble(target, source.keys, self._without_data)
             if found.shape != parameter.shape:
                 raise UserError(f"{self.folder}: {target} has shape {tuple(found.shape)}, config.json asks for "
@@ -145,26 +181,21 @@ class Checkpoint:
                 raise UserError(f"{self.folder}: {target} is stored as {found.dtype}, which is no type of weights; use "
                                 "the 16-bit checkpoint of this model")  # fmt: skip
 
-    def _dtype(self, key: str) -> torch.dtype:
-        code = self.entry(key).code
-        if code not in FLOAT_CODES + WHOLE_CODES:
-            raise UserError(f"{self.folder / self.shards[key]}: {key} has dtype {code}, which cannot be read yet; use "
-                            f"a checkpoint in {', '.join(FLOAT_CODES)}")  # fmt: skip
-        return self.file(self.shards[key]).dtype(key)
-
     def stored_dtype(self, key: str) -> torch.dtype:
-        return self._dtype(key)
+        """The type in which a logical tensor is read."""
+        return self.stored[key].dtype()
 
     def _without_data(self, key: str) -> Tensor:
-        return torch.empty(self.entry(key).shape, dtype=self._dtype(key), device="meta")
+        stored = self.stored[key]
+        return torch.empty(stored.shape(), dtype=stored.dtype(), device="meta")
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint under its own name."""
-        return self.file(self.shards[key]).read(key)
+        """One logical tensor of the checkpoint."""
+        return self.stored[key].read()
 
     def dtype(self, target: str) -> torch.dtype:
-        """What a parameter is stored in; its data are not read."""
-        return self._dtype(self.sources[target].keys[0][0])
+        """What a parameter is read in; its data are not read."""
+        return self.stored[self.sources[target].keys[0][0]].dtype()
 
     def read(self, target: str) -> Tensor:
         """A whole parameter of the model, converted from its checkpoint tensors."""
@@ -175,36 +206,77 @@ class Checkpoint:
         pieces = self.expert_pieces(target, e, num_experts)
         if pieces is None:
             return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
-        return self.assemble(target, pieces, [self.read_piece(piece) for piece in pieces])[0]
+        return self.assemble(target, pieces, [self.read_piece(piece) for piece in pieces], 1)[0]
 
     def expert_pieces(self, target: str, e: int, num_experts: int) -> list[Piece] | None:
         """Where expert e of a fused parameter lies, in the converter's order: whole tensors, or rows of fused ones."""
         source = self.sources[target]
-        operations = [] if source.converter is None else source.converter.operations
-        if all(keeps_experts_apart(operation) for operation in operations):
-            return [Piece(key, pattern, self._rows_of_expert(key, e, num_experts)) for key, pattern in source.keys]
-        if not isinstance(operations[0], MergeModulelist):
+        if source.experts_apart:
+            return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
+        if not expert_by_expert(source.converter):
             return None
-        return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
+        return [Piece(key, pattern, self._rows_of_expert(key, e, num_experts)) for key, pattern in source.keys]
 
     def _rows_of_expert(self, key: str, e: int, num_experts: int) -> tuple[int, int]:
         """Of a tensor that holds all experts, one after another: the entries of its first dimension that are e's."""
-        each = self.entry(key).shape[0] // num_experts
+        each = self.stored[key].shape()[0] // num_experts
         return e * each, (e + 1) * each
 
     def piece_shape(self, piece: Piece) -> tuple[int, ...]:
-        shape = self.entry(piece.key).shape
+        shape = self.stored[piece.key].shape()
         return shape if piece.rows is None else (piece.rows[1] - piece.rows[0], *shape[1:])
 
     def read_piece(self, piece: Piece) -> Tensor:
-        if piece.rows is None:
-            return self.tensor(piece.key)
-        return self.file(self.shards[piece.key]).read_rows(piece.key, *piece.rows)
+        stored = self.stored[piece.key]
+        return stored.read() if piece.rows is None else stored.read_rows(*piece.rows)
 
-    def assemble(self, target: str, pieces: list[Piece], tensors: list[Tensor]) -> Tensor:
-        """What the converter makes of `tensors`, one for each piece."""
+    def assemble(self, target: str, pieces: list[Piece], tensors: list[Tensor], experts: int | None = None) -> Tensor:
+        """What the converter makes of `tensors`, one for each piece. experts: how many of a fused parameter's."""
         found = iter(tensors)
-        return self._assemble(target, [(piece.key, piece.pattern) for piece in pieces], lambda _: next(found))
+        keys = [(piece.key, piece.pattern) for piece in pieces]
+        return self._assemble(target, keys, lambda _: next(found), experts)
+
+    def four_bit(self, target: str) -> Encoding | None:
+        """The encoding of an expert parameter that is stored in four bits, to be used as it is; None where it is not.
+
+        Raises:
+            UserError: only a part of it is, or in several ways, or in one that cannot be joined.
+        """
+        source = self.sources[target]
+        stored = [self.stored[key] for key, _ in source.keys]
+        if not any(isinstance(s, FourBit) for s in stored):
+            return None
+        kinds = {(s.encoding(), s.transposed) if isinstance(s, FourBit) else None for s in stored}
+        (encoding, transposed), *others = (kind for kind in kinds if kind is not None)
+        if others or None in kinds:
+            raise UserError(f"{self.folder}: the experts of {target} are stored in several ways (as {encoding.name} in "
+                            f"groups of {encoding.group_size}, and otherwise); use a checkpoint in which they are alike"
+                            )  # fmt: skip
+        module = self.model.get_submodule(target.rpartition(".")[0])
+        if transposed != bool(module.is_transposed) or not in_rows(source.converter):
+            raise UserError(f"{self.folder}: {target} is stored in four bits along another dimension than this family "
+                            "needs; use this model in 16 bits")  # fmt: skip
+        return encoding
+
+    def read_four_bit(self, target: str, e: int, num_experts: int) -> QuantizedTensor:
+        """Expert e of a parameter that is stored in four bits: [1, out, in], codes and scales as they are.
+
+        The converter joins and reorders rows, which is the same work for codes and for scales, so it does each alone.
+        """
+        pieces = self.expert_pieces(target, e, num_experts)
+        assert pieces is not None, "a converter that joins rows keeps experts apart"
+        read: list[QuantizedTensor] = []
+        for piece in pieces:
+            stored = self.stored[piece.key]
+            assert isinstance(stored, FourBit)
+            read.append(stored.quantized(*(piece.rows or ())))
+        joined = {}
+        for part in read[0].tensors():
+            # A tensor of one expert alone has two dimensions in the checkpoint.
+            alone = zip(pieces, read, strict=True)
+            tensors = [q.tensors()[part][0] if p.rows is None else q.tensors()[part] for p, q in alone]
+            joined[part] = self.assemble(target, pieces, tensors, 1)
+        return read[0].replace(joined, (1, joined["packed"].shape[1], read[0].shape[2]))
 
     def _by_pattern(self, target: str, num_experts: int) -> dict[str, list[str]]:
         """The converter's pattern -> the tensors that match it, one for each expert where the experts are apart."""
@@ -214,7 +286,7 @@ class Checkpoint:
         by_pattern = self._patterns[target] = {}
         for key, pattern in source.keys:
             by_pattern.setdefault(pattern, []).append(key)
-        if source.converter is None or not isinstance(source.converter.operations[0], MergeModulelist):
+        if source.converter is None or not source.experts_apart:
             return by_pattern
         for pattern in source.converter.source_patterns:
             keys = by_pattern.get(pattern, [])
@@ -224,15 +296,17 @@ class Checkpoint:
                                 "download it again")  # fmt: skip
         return by_pattern
 
-    def _assemble(self, target: str, keys: Iterable[tuple[str, str]], read: Callable[[str], Tensor]) -> Tensor:
-        """What the converter makes of these tensors, each read by `read`."""
+    def _assemble(self, target: str, keys: Iterable[tuple[str, str]], read: Callable[[str], Tensor],
+                  experts: int | None = None) -> Tensor:  # fmt: skip
+        """What the converter makes of these tensors, each read by `read`. experts: how many of a fused parameter's."""
         converter = copy.deepcopy(self.sources[target].converter)
         if converter is None:
             return read(next(iter(keys))[0])
         for key, pattern in keys:
             tensor: Any = read(key)  # (declared as a future of one)
             converter.add_tensor(target, key, pattern, tensor)
-        value = converter.convert(target, model=self.model, config=self.config)[target]
+        model: Any = self.model if experts is None else _OneExpert(self.model, self.shapes, experts)
+        value = converter.convert(target, model=model, config=self.config)[target]
         return value[0] if isinstance(value, list) else value
 
     def missing(self, targets: Iterable[str]) -> list[str]:
@@ -263,16 +337,6 @@ class Checkpoint:
                 up, down = projection_names(module)
                 found[name] = (f"{name}.{up}", f"{name}.{down}")
         return found
-
-
-def keeps_experts_apart(operation: Any) -> bool:
-    """Whether a step of a converter leaves the first dimension, the experts', alone: then one expert's rows make the
-    same of themselves as they do among all. Adapters mark steps of their own (`expertwise`)."""
-    if type(operation) is Concatenate:
-        return operation.dim > 0
-    if type(operation) is Transpose:  # with check_dims it compares with the shape of the whole
-        return operation.dim0 > 0 and operation.dim1 > 0 and not operation.check_dims
-    return getattr(operation, "expertwise", False)
 
 
 def resolve_model(model: str) -> Path:
@@ -313,7 +377,32 @@ def unobtainable(model: str, error: BaseException) -> UserError:
                      "it and give the folder")  # fmt: skip
 
 
-def read_config(folder: Path) -> Any:
+def dimensions(converter: WeightConverter | None) -> set[int | None]:
+    """The dimensions of a fused parameter [E, a, b] that a converter joins or reorders, None for what it does else."""
+    found: set[int | None] = set()
+    for operation in () if converter is None else converter.operations:
+        if isinstance(operation, Transpose):
+            found |= {operation.dim0 % 3, operation.dim1 % 3}
+        elif isinstance(operation, JOINING):
+            found.add(operation.dim % 3)
+        elif getattr(operation, "expertwise", False):  # an adapter's own
+            found |= {1, 2}
+        elif not isinstance(operation, MergeModulelist):
+            found.add(None)
+    return found
+
+
+def expert_by_expert(converter: WeightConverter | None) -> bool:
+    return dimensions(converter) <= {1, 2}
+
+
+def in_rows(converter: WeightConverter | None) -> bool:
+    """Whether whole rows are joined and reordered, within an expert, and nothing else."""
+    return dimensions(converter) <= {1}
+
+
+def read_config(folder: Path) -> tuple[Any, Quantization | None]:
+    """The configuration, and what it says of weights that are not in 16 bits (taken out of it: we dequantise)."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"MODEL={folder}: has no config.json; give the folder of a Hugging Face checkpoint")
@@ -322,12 +411,11 @@ def read_config(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{path}: transformers {transformers.__version__} cannot read it ({one_line(error)[:300]}); a "
                         "newer transformers may know this model") from None  # fmt: skip
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
-        raise UserError(f"{path}: the weights are already quantised ({method}), which is not supported yet; use the "
-                        "16-bit checkpoint of this model")  # fmt: skip
-    return config
+    quantization = read_quantization(config, path)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config, quantization
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -1,32 +1,37 @@
-"""The 4-bit file: every expert of a checkpoint, quantised once, then mapped.
+"""The 4-bit file: every expert of a checkpoint, quantised once (or taken over as it is), then mapped.
 
-`experts_q4.safetensors` holds, for each projection `<experts module>.<parameter>`, three tensors: `.packed`, `.scale`
-and `.offset` (see `quantization`). It is written one expert at a time, so converting needs the memory of one expert
-whatever the size of the checkpoint, and read through a mapping, so its pages belong to the system's cache and not to
-the process. The file appears whole or not at all; where two processes make it at once, the first to finish wins. The
-earlier tool's `experts_q4.pt` is read too.
+`experts_q4.safetensors` holds, for each projection `<experts module>.<parameter>`, its `.packed`, `.scale` and, by its
+format, `.offset` tensors (see `quantization`); the metadata say each one's encoding. Experts that ship in four bits are
+copied, codes and scales, never quantised again. It is written one expert at a time, so converting needs the memory of
+one expert whatever the size of the checkpoint, and read through a mapping, so its pages belong to the system's cache
+and not to the process. The file appears whole or not at all; an interrupted conversion goes on where it stopped
+(`partial`). The earlier tool's `experts_q4.pt` is read too.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from usaf import __version__
 from usaf.checkpoint import Checkpoint
+from usaf.console import say
 from usaf.errors import UserError
-from usaf.files import hash_file, replacing, require_space, require_writable
-from usaf.quantization import QuantizedTensor, quantize, read_entry
-from usaf.tensor_file import TensorFileWriter, one_line
+from usaf.files import hash_file, require_space, require_writable
+from usaf.partial import allocated_bytes, continued, partial_path, steps_done
+from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
+from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFileWriter, layout, one_line
 
 FILE_NAME, LEGACY_NAME = "experts_q4.safetensors", "experts_q4.pt"
-FORMAT = "usaf-experts-1"
-PARTS = ("packed", "scale", "offset")
+FORMAT = "usaf-experts-2"
 
 Progress = Callable[[int, int, str], None]
 """Called with (experts done, experts in all, what is being done)."""
@@ -38,6 +43,7 @@ class ExpertStore:
     def __init__(self, path: Path, entries: dict[str, QuantizedTensor], source: str | None) -> None:
         self.path, self.entries = path, entries
         self.source = source  # Checkpoint.sampled_fingerprint() of what it was made from, where the file says so
+        self.quantized: set[str] = set()  # the entries that were quantised by the settings' group size and bits
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         return self.entries[name]
@@ -95,53 +101,100 @@ def open_or_make(checkpoint: Checkpoint, quant_path: str | None, group_size: int
 
 def convert(checkpoint: Checkpoint, path: Path, group_size: int, bits: int, progress: Progress,
             setting: str = "QUANT_PATH") -> None:  # fmt: skip
-    """Quantise all experts into `path`, one expert in memory at a time. A file that is there by then is kept."""
+    """Write all experts into `path`, one expert in memory at a time. A file that is there by then is kept."""
     shapes = shapes_of(checkpoint)
     lacking = checkpoint.missing(shapes)
     if lacking:
         raise UserError(f"{checkpoint.folder}: has no tensors for {lacking[0]} ({len(lacking)} expert parameters "
                         f"missing in all), and there is no 4-bit file; set {setting} to one, or give a complete "
                         "checkpoint")  # fmt: skip
-    specs = tensor_specs(shapes, group_size, bits)
-    total_bytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values())
-    require_space(path.parent, total_bytes, "the 4-bit file", f"free some, or set {setting} to another disk")
+    encodings = {target: checkpoint.four_bit(target) or hqq_encoding(group_size, bits) for target in shapes}
+    specs = tensor_specs(shapes, encodings)
+    metadata = {"format": FORMAT, "source": checkpoint.sampled_fingerprint(),
+                "entries": json.dumps({t: entry_metadata(encodings[t], shapes[t]) for t in shapes})}  # fmt: skip
+    head, _, size = layout(specs, metadata)
+    identity = hashlib.sha256(head + __version__.encode()).hexdigest()
+    total = sum(shape[0] for shape in shapes.values())
+    done = steps_done(path, identity, size)
+    if done is None and partial_path(path).exists():
+        say(f"{partial_path(path)}: was begun for other weights or settings, and is made anew")
+    require_space(
+        path.parent, size - allocated_bytes(path), "the 4-bit file", f"free some, or set {setting} to another disk"
+    )
     require_writable(path, f"{setting}, the 4-bit file to be made:")
-    metadata = {"format": FORMAT, "group_size": str(group_size), "bits": str(bits),
-                "source": checkpoint.sampled_fingerprint(),
-                **{f"in_features.{t}": str(s[2]) for t, s in shapes.items()}}  # fmt: skip
-    done, total = 0, sum(shape[0] for shape in shapes.values())
-    with replacing(path, overwrite=False) as file:
-        writer = TensorFileWriter(file, specs, metadata)
-        for name, targets in checkpoint.expert_parameters().items():
-            transposed = checkpoint.model.get_submodule(name).is_transposed
-            for target in targets:
-                for e in range(shapes[target][0]):
-                    weight = checkpoint.read_expert(target, e, shapes[target][0])
-                    weight = (weight.t() if transposed else weight).contiguous().unsqueeze(0)
-                    try:
-                        _write_expert(writer, target, e, quantize(weight, group_size, bits))
-                    except UserError as error:
-                        raise UserError(f"{checkpoint.folder}: {target}, expert {e}: {error}") from None
-                    done += 1
-                    progress(done, total, name)
+    with continued(path, identity, size) as partial:
+        if partial is None:
+            return
+        if partial.done:
+            say(f"{path}: its making goes on where it stopped, after {partial.done} of {total} experts")
+        writer = TensorFileWriter(partial.file, specs, metadata)
+        for place, (name, target, e) in enumerate(experts_in_order(checkpoint, shapes)):
+            if place < partial.done:
+                continue
+            _write_expert(writer, target, e, read_quantized(checkpoint, name, target, e, encodings[target]))
+            partial.step()
+            progress(partial.done, total, name)
+
+
+def experts_in_order(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int, int]]) -> Iterator[tuple[str, str, int]]:
+    """(experts module, its parameter, expert), the order in which they are written."""
+    for name, targets in checkpoint.expert_parameters().items():
+        for target in targets:
+            for e in range(shapes[target][0]):
+                yield name, target, e
+
+
+def read_quantized(checkpoint: Checkpoint, name: str, target: str, e: int, encoding: Encoding) -> QuantizedTensor:
+    """One expert [1, out, in] as it goes into the file: as it is stored in four bits, or quantised now."""
+    experts = checkpoint.model.get_parameter(target).shape[0]
+    try:
+        if encoding.name != "hqq":
+            stored = checkpoint.read_four_bit(target, e, experts)
+            check_finite(stored)
+            return stored
+        weight = checkpoint.read_expert(target, e, experts)
+        transposed = checkpoint.model.get_submodule(name).is_transposed
+        weight = (weight.t() if transposed else weight).contiguous().unsqueeze(0)
+        return quantize(weight, encoding.group_size, encoding.bits)
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder}: {target}, expert {e}: {error}") from None
+
+
+def check_finite(stored: QuantizedTensor) -> None:
+    """Refuse scales that are not finite, or so large that a weight may not be."""
+    largest = 15.0 if stored.table is None else float(stored.table.abs().max())
+    reach = decode_scale(stored.scale).abs().max() * largest
+    if not torch.isfinite(reach.to(stored.dtype)):
+        raise UserError(f"holds a scale of {float(reach) / largest:g}, with which weights leave {stored.dtype}; the "
+                        "checkpoint is damaged, download it again")  # fmt: skip
 
 
 def tensor_specs(
-    shapes: dict[str, tuple[int, int, int]], group_size: int, bits: int
+    shapes: dict[str, tuple[int, int, int]], encodings: dict[str, Encoding]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name -> (dtype, shape) of every tensor of the 4-bit file."""
-    specs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for target, (experts, rows, columns) in shapes.items():
-        width = columns if bits == 8 else (columns + 1) // 2
-        specs[f"{target}.packed"] = (torch.uint8, (experts, rows, width))
-        specs[f"{target}.scale"] = (torch.float16, (experts, rows, -(-columns // group_size)))
-        specs[f"{target}.offset"] = specs[f"{target}.scale"]
-    return specs
+    return {
+        f"{target}.{part}": spec
+        for target, shape in shapes.items()
+        for part, spec in encodings[target].tensors(shape).items()
+    }
+
+
+def entry_metadata(encoding: Encoding, shape: tuple[int, int, int]) -> dict[str, Any]:
+    said = asdict(encoding)
+    for name in ("scale", "offset", "dtype"):
+        said[name] = None if said[name] is None else CODES[said[name]]
+    return {**said, "in_features": shape[2]}
+
+
+def read_encoding(said: dict[str, Any]) -> Encoding:
+    types = {name: None if said[name] is None else TORCH_DTYPES[said[name]] for name in ("scale", "offset", "dtype")}
+    table = None if said["table"] is None else tuple(said["table"])
+    return Encoding(said["name"], said["group_size"], said["bits"], table=table, **types)  # type: ignore[arg-type]
 
 
 def _write_expert(writer: TensorFileWriter, target: str, e: int, quantized: QuantizedTensor) -> None:
-    for part in PARTS:
-        values = getattr(quantized, part)
+    for part, values in quantized.tensors().items():
         writer.write(f"{target}.{part}", e * values.numel(), values)
 
 
@@ -154,7 +207,8 @@ def read_store(path: Path) -> ExpertStore:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{path}: is a safetensors file but not of 4-bit experts ({FORMAT}); set QUANT_PATH to "
-                                "one that `python -m usaf.quantize` made")  # fmt: skip
+                                "one that `python -m usaf.quantize` made, or delete it, and it is made anew"
+                                )  # fmt: skip
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
@@ -162,13 +216,17 @@ def read_store(path: Path) -> ExpertStore:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); check its rights, or set QUANT_PATH") from None
-    group_size, bits = int(metadata["group_size"]), int(metadata["bits"])
-    entries = {}
-    for target in sorted({name.rpartition(".")[0] for name in tensors}):
-        packed, scale, offset = (tensors[f"{target}.{part}"] for part in PARTS)
-        shape = (packed.shape[0], packed.shape[1], int(metadata[f"in_features.{target}"]))
-        entries[target] = QuantizedTensor(packed, scale, offset, shape, group_size, bits)
-    return ExpertStore(path, entries, metadata.get("source"))
+    entries, quantized = {}, set()
+    for target, said in json.loads(metadata["entries"]).items():
+        encoding = read_encoding(said)
+        parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == target}
+        experts, rows = parts["packed"].shape[:2]
+        entries[target] = encoding.of(parts, (experts, rows, said["in_features"]))
+        if encoding.name == "hqq":
+            quantized.add(target)
+    store = ExpertStore(path, entries, metadata.get("source"))
+    store.quantized = quantized
+    return store
 
 
 def _read_legacy(path: Path) -> ExpertStore:
@@ -202,7 +260,7 @@ def check_store(store: ExpertStore, checkpoint: Checkpoint, group_size: int, bit
         if entry.shape != shape:
             raise UserError(f"{store.path}: {target} has shape {entry.shape}, the model wants {shape}; it is of "
                             "another model, delete it or set QUANT_PATH")  # fmt: skip
-        if store.path.suffix != ".pt" and (entry.group_size, entry.bits) != (group_size, bits):
+        if target in store.quantized and (entry.group_size, entry.bits) != (group_size, bits):
             raise UserError(f"{store.path}: holds {entry.bits} bits in groups of {entry.group_size}, and the settings "
                             f"say QUANT_BITS={bits}, GROUP_SIZE={group_size}; change the settings, or set QUANT_PATH "
                             "to a new file")  # fmt: skip

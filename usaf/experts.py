@@ -112,9 +112,9 @@ class ExpertBank(nn.Module):
     """One projection (up or down) of all experts of a layer.
 
     `active` are the flat indices e * out * in + r * in + c of the trained weights, sorted; `delta` their trained values
-    in fp32, in the same order. `resident` may hold the base decoded to 16 bits: decoding rounds to the same
-    16 bits, so both ways give the same weights to the bit. While `captured` is a list, every backward appends what the
-    weight gradients need.
+    in fp32, in the same order. `resident` may hold the base decoded to the 16 bits that define it (to fp32 where those
+    are bfloat16 and the device has none): decoding rounds to the same bits, so both ways give the same weights to the
+    bit. While `captured` is a list, every backward appends what the weight gradients need.
     """
 
     delta: nn.Parameter
@@ -141,12 +141,9 @@ class ExpertBank(nn.Module):
 
     def move(self, device: torch.device) -> None:
         """The base (and the resident copy) to `device`; frozen layers are moved there only while they run."""
-        base = self.base
-        self.base = base._replace(
-            packed=base.packed.to(device), scale=base.scale.to(device), offset=base.offset.to(device)
-        )
+        self.base = self.base.to(device)
         if self.resident is not None:
-            self.resident = self.resident.to(device)
+            self.resident = self.resident.to(device, self.base.resident_dtype())
 
     def set_active(self, active: Tensor, delta: Tensor) -> None:
         """Replace the trained set. active: int64 [n] sorted flat indices; delta: fp32 [n] (trainable if n or not).
@@ -197,7 +194,9 @@ class ExpertBank(nn.Module):
         if first == end:
             return self.base_weight(e, dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = self.base_weight(e, wide)  # always a fresh tensor: the base is held in 4 or 16 bits
+        weight = self.base_weight(e, wide)
+        if self.resident is not None and self.resident.dtype == wide:
+            weight = weight.clone()  # all others are fresh already
         values = (self.delta if delta is None else delta).detach()[first:end]
         weight.view(-1).scatter_add_(0, self._within(slice(first, end)), values.to(wide))
         return weight.to(dtype)

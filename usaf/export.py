@@ -167,7 +167,7 @@ class ReadExperts:
     def __getitem__(self, e: int) -> torch.Tensor:
         return self.read(e).to(self.device)
 
-    def to(self, device: torch.device) -> ReadExperts:
+    def to(self, device: torch.device, _: torch.dtype) -> ReadExperts:
         return ReadExperts(self.read, device)
 
 

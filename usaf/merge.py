@@ -89,12 +89,18 @@ class Merge:
 
     @property
     def targets(self) -> list[str]:
-        """The fused parameters that the merge writes anew."""
-        return list(self.delta.experts) if self.base == "original" else list(self.transposed)
+        """The fused parameters that the merge writes anew.
+
+        Experts that the checkpoint has in four bits are their own dequantised base: without a delta they stay.
+        """
+        if self.base == "original":
+            return list(self.delta.experts)
+        kept = {t for t in self.transposed if self.checkpoint.four_bit(t) is not None} - set(self.delta.experts)
+        return [target for target in self.transposed if target not in kept]
 
     @cached_property
     def expert_keys(self) -> dict[str, ExpertKey]:
-        """The checkpoint's tensors that `expert_piece` gives, by name."""
+        """The checkpoint's (logical) tensors that `expert_piece` gives, by name."""
         found = {}
         for target in self.targets:
             for e in range(self.num_experts(target)):
@@ -132,7 +138,7 @@ class Merge:
 
     def expert(self, target: str, e: int) -> Tensor:
         """[out, in] of expert e after the merge, rounded as in the output, in fp32: what loads from the file."""
-        merged = self.checkpoint.assemble(target, self.pieces(target, e), self._merge_pieces(target, e))[0]
+        merged = self.checkpoint.assemble(target, self.pieces(target, e), self._merge_pieces(target, e), 1)[0]
         return (merged.t() if self.transposed[target] else merged).to(torch.float32)
 
     def _merge_pieces(self, target: str, e: int) -> list[Tensor]:
@@ -209,10 +215,11 @@ class Merge:
         The same for all experts of a parameter, whose pieces have equal shapes.
         """
         if target not in self._addresses:
-            pieces = self.router_pieces(target) if target in self.delta.routers else self.pieces(target, 0)
+            is_router = target in self.delta.routers
+            pieces = self.router_pieces(target) if is_router else self.pieces(target, 0)
             size = sum(torch.Size(self.checkpoint.piece_shape(piece)).numel() for piece in pieces)
             stored = self._split(pieces, torch.arange(size))
-            addresses = self.checkpoint.assemble(target, pieces, stored).reshape(-1)
+            addresses = self.checkpoint.assemble(target, pieces, stored, None if is_router else 1).reshape(-1)
             if len(addresses) != size or not bool((torch.bincount(addresses) == 1).all()):
                 raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
                                 "this family cannot be exported yet")  # fmt: skip

@@ -7,6 +7,7 @@ towers). The folder appears whole or not at all, and the source is only read.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,16 +92,21 @@ def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Ca
 
 
 def plan_shards(merge: Merge) -> dict[str, Specs]:
-    """Output shard -> its tensors: the source's, but for the types that the merge changes."""
+    """Output shard -> its tensors: the source's, but for what the merge writes anew.
+
+    A weight that the source keeps as codes and scales is written as one tensor, in the shard of the first of them.
+    """
     checkpoint = merge.checkpoint
+    written = {part: key for key in [*merge.expert_keys, *merge.router_keys] for part in checkpoint.parts(key)}
     shards: dict[str, Specs] = {}
     for shard in sorted(set(checkpoint.shards.values())):
         specs = shards[shard] = {}
         for name, entry in checkpoint.file(shard).entries.items():
-            if name in merge.expert_keys or name in merge.router_keys:
-                specs[name] = merge.output_dtype(name), entry.shape
-            else:
+            key = written.get(name)
+            if key is None:
                 specs[name] = entry.code, entry.shape
+            elif name == checkpoint.parts(key)[0]:
+                specs[key] = merge.output_dtype(key), checkpoint.stored[key].shape()
     return shards
 
 
@@ -138,7 +144,35 @@ def exported_config(merge: Merge) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((merge.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     if merge.dtype is not None:
         set_dtype(config, str(merge.dtype).removeprefix("torch."))
+    except_written(config, merge)
     return config
+
+
+def except_written(config: dict[str, Any], merge: Merge) -> None:
+    """Take what is written in 16 bits out of the quantisation that the configuration declares, or that out of it."""
+    checkpoint = merge.checkpoint
+    quantized = {key for key, stored in checkpoint.stored.items() if stored.format != "plain"}
+    written = quantized & {*merge.expert_keys, *merge.router_keys}
+    if not written:
+        return
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for name in ("quantization_config", "compression_config"):
+            if name not in part:
+                continue
+            if written == quantized:
+                del part[name]
+                continue
+            by_regex = part[name].get("quant_method") == "compressed-tensors"
+            listed = "ignore" if by_regex else "modules_to_not_convert"
+            modules = sorted({experts_module(key, merge) for key in written}, key=dot_natural_key)
+            names = [rf"re:{re.escape(module)}\..*" for module in modules] if by_regex else modules
+            part[name][listed] = [*(part[name].get(listed) or []), *names]
+
+
+def experts_module(key: str, merge: Merge) -> str:
+    """The checkpoint's name of the experts that a tensor belongs to."""
+    before, found, _ = key.rpartition(".experts.")
+    return f"{before}.experts" if found else merge.expert_keys[key].target.rpartition(".")[0]
 
 
 def set_dtype(config: dict[str, Any], name: str) -> None:

@@ -1,13 +1,16 @@
 """Four- and eight-bit expert weights: half-quadratic quantisation (HQQ), and one store for all such formats.
 
 A weight row is cut into groups of `group_size` (the last one shorter where the row is not a multiple). Each group
-keeps integer codes, one scale and one offset, and its weights are *defined* as
+keeps integer codes and one scale, and either an offset or, for the whole tensor, a table of 16 code values. Its weights
+are *defined* as numbers of a 16-bit type (`dtype`), computed in fp32 and rounded once:
 
-    weight = round_fp16(code * scale + offset)          computed in fp32
+    weight = round(code * scale + offset)       HQQ and the earlier tool (fp16); int4 with zero points
+    weight = round(table[code] * scale)         symmetric int4 (table -8 to 7); MXFP4 (table E2M1, scale 2^(byte - 127))
 
-`code * scale` has at most 8 + 11 significant bits, so it is exact in fp32: a kernel that fuses the multiplication
-with the addition and one that does not give the same bits, and a resident 16-bit copy equals decoding again. HQQ's
-zero point z, counted in codes, is stored as offset = -z * scale.
+With 16-bit scales `code * scale` has at most 8 + 11 significant bits, so it is exact in fp32: a kernel that fuses the
+multiplication with the addition and one that does not give the same bits, and a resident 16-bit copy equals decoding
+again. HQQ's zero point z, counted in codes, is stored as offset = -z * scale; a whole zero point of an int4 checkpoint
+gives an offset that fp32 holds exactly, so that the sum is exact too.
 
 Quantising a group w (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023): the
 scale comes from minimum and maximum; the offset o minimises the p-norm (p = 0.7) of the error by half-quadratic
@@ -30,7 +33,9 @@ Left out: optimising the scale, fewer than 4 bits. Fused decoding is in `usaf.ke
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -47,34 +52,109 @@ STARTS = (0.0, 0.25, -0.25, 0.5, -0.5)
 DECODE_ELEMENTS = 2**22
 """Weights decoded at a time: bounds the fp32 temporaries of `dequantize` to some 50 MB beside its result."""
 
+INT4_VALUES = tuple(float(code - 8) for code in range(16))
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""What codes stand for: sign and magnitude with two exponent bits and one fraction bit (OCP Microscaling, 2023)."""
+
+BF16_DEVICES = ("cpu", "cuda")
+"""Devices with the type bfloat16. Elsewhere (DirectML) its roundings are done in fp32, to the same bits."""
+
 LEGACY_GROUP_SIZE = 128
+ENTRY_KEYS = ("packed", "scale", "offset", "shape", "group_size", "bits")
 _FP16_MAX = 65504.0
 _FP16_SMALLEST_NORMAL = 2.0**-14
 _FP16_SUBNORMAL_STEP = 2.0**-24
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How weights are written in few bits: all that `QuantizedTensor` says beside shape and tensors, and their types.
+
+    name: where it comes from, "hqq" or what the checkpoint has; table: the values of the 16 codes, where there is one.
+    """
+
+    name: str
+    group_size: int
+    bits: int
+    scale: torch.dtype
+    offset: torch.dtype | None
+    table: tuple[float, ...] | None
+    dtype: torch.dtype
+
+    def tensors(self, shape: tuple[int, int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of the tensors that hold weights [E, out, in], by the names of `QuantizedTensor.tensors`."""
+        experts, rows, columns = shape
+        groups = (experts, rows, -(-columns // self.group_size))
+        named: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "packed": (torch.uint8, (experts, rows, columns if self.bits == 8 else (columns + 1) // 2)),
+            "scale": (self.scale, groups),
+        }
+        return named if self.offset is None else {**named, "offset": (self.offset, groups)}
+
+    def of(self, tensors: Mapping[str, Tensor], shape: tuple[int, int, int]) -> QuantizedTensor:
+        table = None if self.table is None else torch.tensor(self.table)
+        offset = tensors.get("offset")
+        return QuantizedTensor(
+            tensors["packed"], tensors["scale"], offset, shape, self.group_size, self.bits, table, self.dtype
+        )  # fmt: skip
+
+
+def hqq_encoding(group_size: int, bits: int) -> Encoding:
+    """What `quantize` gives."""
+    return Encoding("hqq", group_size, bits, torch.float16, torch.float16, None, torch.float16)
+
+
 class QuantizedTensor(NamedTuple):
-    """Fused expert weights `[E, out, in]` as codes, scales and offsets; see the module for what they mean."""
+    """Fused expert weights `[E, out, in]` as codes, scales, and offsets or a table; see the module."""
 
     packed: Tensor
     """uint8 `[E, out, ceil(in / 2)]` for 4 bits (element 2j in the low nibble, 2j + 1 in the high one, a pad nibble is
     0), `[E, out, in]` for 8."""
     scale: Tensor
-    """float16 `[E, out, groups]`"""
-    offset: Tensor
-    """float16 `[E, out, groups]`"""
+    """`[E, out, groups]`: float16, bfloat16 or float32, or uint8 exponents (E8M0: 2^(byte - 127))"""
+    offset: Tensor | None
+    """`[E, out, groups]`, float16 or float32; None where there is a table"""
     shape: tuple[int, int, int]
     """(E, out, in)"""
     group_size: int
     bits: int
+    table: Tensor | None = None
+    """float32 `[16]`: the value of each 4-bit code"""
+    dtype: torch.dtype = torch.float16
+    """the 16-bit type that the weights are defined in"""
 
     def expert(self, index: int) -> QuantizedTensor:
         """The weights of one expert as a tensor with E = 1; shares memory with this one."""
-        chosen = slice(index, index + 1)
-        shape = (1, self.shape[1], self.shape[2])
+        chosen = {name: tensor[index : index + 1] for name, tensor in self.tensors().items()}
+        return self.replace(chosen, (1, self.shape[1], self.shape[2]))
+
+    def to(self, device: torch.device) -> QuantizedTensor:
+        """The same weights on a device; bfloat16 scales become fp32 where that device lacks their type."""
+        scale = self.scale.float() if self.scale.dtype == torch.bfloat16 and not has_bf16(device) else self.scale
         return self._replace(
-            packed=self.packed[chosen], scale=self.scale[chosen], offset=self.offset[chosen], shape=shape
-        )
+            packed=self.packed.to(device), scale=scale.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+            table=None if self.table is None else self.table.to(device),
+        )  # fmt: skip
+
+    def resident_dtype(self) -> torch.dtype:
+        """The narrowest type that holds decoded weights exactly on the device they are on."""
+        return self.dtype if self.dtype != torch.bfloat16 or has_bf16(self.packed.device) else torch.float32
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that have an entry for each expert, by name."""
+        named = {"packed": self.packed, "scale": self.scale, "offset": self.offset}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def replace(self, tensors: Mapping[str, Tensor], shape: tuple[int, int, int]) -> QuantizedTensor:
+        """Other tensors in the same format, by the names of `tensors()`."""
+        return self._replace(
+            packed=tensors["packed"], scale=tensors["scale"], offset=tensors.get("offset"), shape=shape
+        )  # fmt: skip
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type in BF16_DEVICES
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -118,16 +198,14 @@ def quantize_minmax(weights: Tensor, group_size: int = 128, bits: int = 4) -> Qu
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights `[E, out, in]`: rounded to fp16, as they are defined, then widened (or cast) to `dtype`.
+    """The weights `[E, out, in]`: rounded to the type they are defined in, then widened (or cast) to `dtype`.
 
     Runs on any device: no bit shifts, no scatter, no search.
     """
     experts, rows, columns = quantized.shape
-    flat = quantized._replace(
-        packed=quantized.packed.reshape(experts * rows, -1),
-        scale=quantized.scale.reshape(experts * rows, -1),
-        offset=quantized.offset.reshape(experts * rows, -1),
-    )
+    flat = quantized.replace(
+        {name: t.reshape(experts * rows, -1) for name, t in quantized.tensors().items()}, quantized.shape
+    )  # fmt: skip
     step = max(1, DECODE_ELEMENTS // columns)
     if experts * rows <= step:
         return _decode_rows(flat, slice(None)).to(dtype).reshape(quantized.shape)
@@ -143,7 +221,8 @@ def quantize_4bit(weights: Tensor, group_size: int = 128) -> dict[str, Any]:
     Keys `packed, scale, offset` (tensors), `shape, group_size, bits`: only what `torch.load(weights_only=True)` reads.
     Raises UserError as `quantize` does.
     """
-    return quantize(weights, group_size)._asdict()
+    entry = quantize(weights, group_size)._asdict()
+    return {name: entry[name] for name in ENTRY_KEYS}
 
 
 def dequantize_4bit(entry: Mapping[str, Any] | Sequence[Any], dtype: torch.dtype = torch.float16) -> Tensor:
@@ -306,25 +385,58 @@ def _measure(
 
 
 def _decode_rows(flat: QuantizedTensor, rows: slice) -> Tensor:
-    """float16 `[rows, in]` of a store whose tensors were flattened to `[E * out, ...]`."""
+    """`[rows, in]` of a store whose tensors were flattened to `[E * out, ...]`, rounded to its type."""
     columns, group_size = flat.shape[2], flat.group_size
     packed = flat.packed[rows]
-    codes = (packed if flat.bits == 8 else unpack_nibbles(packed, columns)).to(torch.float32)
-    scale, offset = flat.scale[rows].to(torch.float32), flat.offset[rows].to(torch.float32)
+    codes = packed if flat.bits == 8 else unpack_nibbles(packed, columns)
+    if flat.table is None:
+        values = codes.to(torch.float32)
+    else:
+        values = flat.table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+    scale = decode_scale(flat.scale[rows])
+    offset = None if flat.offset is None else flat.offset[rows].to(torch.float32)
     whole = columns // group_size
     pieces = []
     if whole:
-        grouped = codes[:, : whole * group_size].reshape(-1, whole, group_size)
-        grouped = grouped * scale[:, :whole, None] + offset[:, :whole, None]
-        pieces.append(grouped.reshape(-1, whole * group_size).to(torch.float16))
+        grouped = values[:, : whole * group_size].reshape(-1, whole, group_size) * scale[:, :whole, None]
+        if offset is not None:
+            grouped = grouped + offset[:, :whole, None]
+        pieces.append(grouped.reshape(-1, whole * group_size))
     if whole * group_size < columns:
-        tail = codes[:, whole * group_size :] * scale[:, whole:] + offset[:, whole:]
-        pieces.append(tail.to(torch.float16))
+        tail = values[:, whole * group_size :] * scale[:, whole:]
+        pieces.append(tail if offset is None else tail + offset[:, whole:])
+    pieces = [round_to(piece, flat.dtype) for piece in pieces]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
+def decode_scale(scale: Tensor) -> Tensor:
+    """Scales in fp32; uint8 ones are E8M0 exponents, 2^(byte - 127), and 255 stands for nan."""
+    if scale.dtype != torch.uint8:
+        return scale.to(torch.float32)
+    return powers_of_two(scale.device).index_select(0, scale.reshape(-1).to(torch.int32)).reshape(scale.shape)
+
+
+@functools.cache
+def powers_of_two(device: torch.device) -> Tensor:
+    """fp32 `[256]`: 2^(i - 127), the last one nan. Exact on every device, as exp2 may not be."""
+    with torch.inference_mode(False):  # kept for every later use
+        return torch.tensor([2.0 ** (i - 127) for i in range(255)] + [float("nan")]).to(device)
+
+
+def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 values rounded to `dtype`, half to even. Where the device has no bfloat16, they stay in fp32: adding and
+    taking away 1.5 * 2^16 times a value's power of two leaves the 8 digits of bfloat16 (below 2^110)."""
+    if dtype != torch.bfloat16 or has_bf16(values.device):
+        return values.to(dtype)
+    # log2 may be off by a little: beside a power of two, where that matters, both steps round to that power.
+    exponent = torch.log2(values.abs()).floor().clamp(-126, 110)
+    place = (exponent + float(127 + 16)).to(torch.int32).reshape(-1)
+    shift = powers_of_two(values.device).index_select(0, place).reshape(values.shape) * 1.5
+    return (values + shift) - shift
+
+
 def _read_own(entry: Mapping[str, Any]) -> QuantizedTensor:
-    missing = [key for key in QuantizedTensor._fields if key not in entry]
+    missing = [key for key in ENTRY_KEYS if key not in entry]
     if missing:
         raise UserError(f"4-bit entry: {missing[0]!r} is missing; make the file again with quantize_4bit")
     experts, rows, columns = shape = _entry_shape(entry["shape"])

@@ -338,18 +338,18 @@ def decide_resident(banks: list[ExpertBank], setting: str, backend: Backend) -> 
     the copies would take: the host's free memory, or a share of the card's."""
     if setting in ("0", "1"):
         return setting == "1", f"USE_RESIDENT={setting}"
-    needed = sum(2 * bank.numel for bank in banks)
+    needed = sum(bank.base.resident_dtype().itemsize * bank.numel for bank in banks)
     free = available_bytes() if backend.device.type == "cpu" else backend.total_memory_bytes()
     if free is None:
         return False, f"{backend.name} does not say how much memory it has"
     if needed > RESIDENT_SHARE * free:
-        return False, f"16-bit copies would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
+        return False, f"decoded copies would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
     bank = banks[0]
-    copy = dequantize(bank.base.expert(0), torch.float16)
+    copy = dequantize(bank.base.expert(0), bank.base.resident_dtype())
     decode = min(seconds(lambda: dequantize(bank.base.expert(0)), backend) for _ in range(5))
     widen = min(seconds(lambda: copy.to(torch.float32), backend) for _ in range(5))
     return decode > RESIDENT_MARGIN * widen, (
-        f"decoding an expert takes {decode * 1e3:.2f} ms, widening a 16-bit copy {widen * 1e3:.2f} ms; "
+        f"decoding an expert takes {decode * 1e3:.2f} ms, widening a decoded copy {widen * 1e3:.2f} ms; "
         f"the copies take {needed / 1e9:.2f} GB"
     )
 
@@ -363,9 +363,10 @@ def seconds(work: Callable[[], object], backend: Backend) -> float:
 
 def make_resident(bank: ExpertBank) -> None:
     """One expert at a time, so that no wider copy of the bank exists."""
-    copies = torch.empty(bank.base.shape, dtype=torch.float16, device=bank.device)
+    dtype = bank.base.resident_dtype()
+    copies = torch.empty(bank.base.shape, dtype=dtype, device=bank.device)
     for e in range(bank.num_experts):
-        copies[e] = dequantize(bank.base.expert(e), torch.float16)[0]
+        copies[e] = dequantize(bank.base.expert(e), dtype)[0]
     bank.resident = copies
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +97,18 @@ class TensorFile:
         row_bytes = entry.nbytes // entry.shape[0]
         return self._read(entry.start + first * row_bytes, (end - first, *entry.shape[1:]), self.dtype(name))
 
+    def read_bytes(self, name: str, first: int = 0, end: int | None = None) -> Tensor:
+        """uint8, [..., bytes of a row]: entries [first, end) of the first dimension as they are in the file. For types
+        of 8 bits at most (two of 4 bits make a byte), and for words that are read byte by byte."""
+        entry = self.entries[name]
+        end = entry.shape[0] if end is None else end
+        assert 0 <= first <= end <= entry.shape[0]
+        assert entry.shape[-1] * item_bits(entry.code) % 8 == 0
+        shape = (*entry.shape[:-1], entry.shape[-1] * item_bits(entry.code) // 8)
+        row_bytes = entry.nbytes // entry.shape[0]
+        shape = (end - first, *shape[1:]) if len(shape) > 1 else (row_bytes * (end - first),)
+        return self._read(entry.start + first * row_bytes, shape, torch.uint8)
+
     def _read(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
@@ -123,6 +135,35 @@ class TensorFile:
                 yield piece
 
 
+class Shards:
+    """The tensors of several files of one folder, by name. Headers are read when first asked for, and once."""
+
+    def __init__(self, folder: Path, where: Mapping[str, str]) -> None:
+        self.folder, self.where = folder, where
+        self._files: dict[str, TensorFile] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.where
+
+    def keys(self) -> Iterable[str]:
+        return self.where.keys()
+
+    def path(self, key: str) -> Path:
+        return self.folder / self.where[key]
+
+    def file(self, shard: str) -> TensorFile:
+        if shard not in self._files:
+            self._files[shard] = TensorFile(self.folder / shard)
+        return self._files[shard]
+
+    def of(self, key: str) -> TensorFile:
+        """The file that holds a tensor."""
+        return self.file(self.where[key])
+
+    def entry(self, key: str) -> TensorEntry:
+        return self.of(key).entries[key]
+
+
 class TensorFileWriter:
     """A safetensors file written piece by piece, for tensors that together exceed the memory.
 
@@ -134,18 +175,11 @@ class TensorFileWriter:
     def __init__(self, file: IO[bytes], shapes: Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]],
                  metadata: Mapping[str, str]) -> None:  # fmt: skip
         self.file = file
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        self.spans: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item_bits(item[1][0])):
-            start, end = end, end + tensor_bytes_count(dtype, shape)
-            header[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [start, end]}
-            self.spans[name] = (start, end)
-        text = json.dumps(header).encode("utf-8")
-        text += b" " * (-(len(text) + 8) % 64)
-        self.data_start = 8 + len(text)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(self.data_start + end)
+        head, self.spans, size = layout(shapes, metadata)
+        self.data_start = len(head)
+        file.seek(0)
+        file.write(head)
+        file.truncate(size)
 
     def write(self, name: str, first_item: int, values: Tensor) -> None:
         """Place `values` at item `first_item` of the flattened tensor `name`."""
@@ -163,6 +197,23 @@ class TensorFileWriter:
         assert start + at + data.nbytes <= end
         self.file.seek(self.data_start + start + at)
         self.file.write(data)
+
+
+def layout(
+    shapes: Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+    """(the header's bytes, where each tensor lies in the data that follow, the size of the whole file)"""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    spans: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item_bits(item[1][0])):
+        start, end = end, end + tensor_bytes_count(dtype, shape)
+        header[name] = {"dtype": code_of(dtype), "shape": list(shape), "data_offsets": [start, end]}
+        spans[name] = (start, end)
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-(len(text) + 8) % 64)
+    head = len(text).to_bytes(8, "little") + text
+    return head, spans, len(head) + end
 
 
 def code_of(dtype: torch.dtype | str) -> str:
