@@ -17,18 +17,18 @@ ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "memory", "console"},  # level 0
     {"devices", "kernels"},  # level 1
-    {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
-    {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
+    {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data and prompts,
+    {"checkpoint", "data", "prompts"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model"},  # level 3
-    {"loss", "packing", "prefix"},  # level 4, in two rows: both serve importance and evaluation
+    {"loss", "packing", "prefix", "generation"},  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run"},
     {"trainer"},  # level 5
     {"session"},  # level 6: what every command needs before it works
     {"summary"},
     {"job"},  # one run, phase by phase
     {"evaluate"},  # level 7, the commands
-    {"train", "quantize"},
+    {"train", "quantize", "generate"},
 ]
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = ["errors", "settings", "demo"]  # what `--help` imports
