@@ -174,7 +174,8 @@ def base_alone(model: SparseModel, own_routers: dict[str, Tensor]) -> Iterator[N
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for moe in model.moe:
         replaced.append((moe.router, "weight", moe.router_weight))
-        moe.router.weight = nn.Parameter(own_routers[moe.router_name], requires_grad=False)
+        own = own_routers[moe.router_name].to(moe.router_weight.device)  # a frozen layer has moved since
+        moe.router.weight = nn.Parameter(own, requires_grad=False)
         for bank in moe.banks:
             replaced.append((bank, "delta", bank.delta))
             bank.delta = nn.Parameter(torch.zeros_like(bank.delta), requires_grad=False)
