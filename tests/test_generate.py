@@ -524,6 +524,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "json is a folder": (["--delta", "{delta}", "--json", "{tmp}", "--prompt", "x"], "--json .*: is a folder"),
     "no such model": (["--delta", "{delta}", "--model", "{tmp}/none", "--prompt", "x"], "MODEL=.*none: no such folder"),
     "without a tokenizer": (["--delta", "{delta}", "--model", "{tmp}/mute", "--prompt", "x"], "mute: has no tokenizer"),
+    "a broken ending": (["--delta", "{delta}", "--model", "{tmp}/cut", "--prompt", "x"], "config.json: cannot be read"),
     "a broken tokenizer": (["--delta", "{delta}", "--model", "{tmp}/odd", "--prompt", "x"], "odd: its tokenizer can"),
     "a foreign tokenizer": (
         ["--base", "--model", "{tmp}/small", "--use-cuda", "0", "--prompt", "x"],
@@ -548,10 +549,11 @@ def bad(trained: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(root / "blank.jsonl", [{"prompt": ""}])
     write_jsonl(root / "chat.jsonl", [chat("x")])
     write_jsonl(root / "system.jsonl", [chat("system: x", "user: y")])
-    for name in ("mute", "odd", "plain"):
+    for name in ("mute", "odd", "plain", "cut"):
         shutil.copytree(trained.model, root / name)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (root / "mute" / file).unlink(missing_ok=True)
+    (root / "cut" / "generation_config.json").write_text("{", encoding="utf-8")
     (root / "odd" / "tokenizer.json").write_text("{", encoding="utf-8")
     build_tokenizer().save_pretrained(root / "plain")
     (root / "plain" / "chat_template.jinja").unlink()

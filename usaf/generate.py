@@ -29,6 +29,7 @@ from usaf.console import (
 from usaf.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from usaf.delta import Delta
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from usaf.prompts import Prompt
     from usaf.session import ModelSession
     from usaf.settings import ResolvedSettings
+
+    Answer = Callable[[list[int], int, bool], Generated]
+    """Called with (a prompt's ids, its number, whether its text is written as it comes)."""
 
 LARGEST_SEED = 2**63 - 1
 
@@ -103,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate_command(arguments: argparse.Namespace) -> int:
     from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
-    from usaf.generation import base_alone, layers_on_device, router_weights
+    from usaf.generation import router_weights
     from usaf.prompts import prompts_of_flags
     from usaf.session import apply_delta, load, prepare_model
 
@@ -114,23 +118,12 @@ def generate_command(arguments: argparse.Namespace) -> int:
     session = prepare_model(settings_of(delta, arguments), None if delta is None else delta.about["decisions"])
     tokenizer = required_tokenizer(session)
     encoded = encode_all(prompts, tokenizer, arguments, session)
+    answer = answers(session, tokenizer, arguments)
     load(session)
-    own_routers = router_weights(session.model)
+    own_routers = router_weights(session.model) if arguments.compare else None
     if delta is not None and not arguments.base:
         apply_delta(session, delta, arguments.delta)
-    answer = answers(session, tokenizer, arguments)
-    figures = []
-    with layers_on_device(session.model):
-        for number, (prompt, prompt_ids) in enumerate(encoded):
-            if len(encoded) > 1:
-                say(f"{'' if number == 0 else chr(10)}[{number + 1} of {len(encoded)}] {heading(prompt)}")
-            base = None
-            if arguments.compare:
-                with base_alone(session.model, own_routers):
-                    base = answer(prompt_ids, number, False)
-            found = answer(prompt_ids, number, base is None)
-            show(found, base)
-            figures.append(figures_of(prompt, prompt_ids, found, base))
+    figures = answer_all(session, encoded, answer, own_routers)
     if arguments.json is not None:
         write_json(arguments.json, {
             "delta": None if arguments.delta is None else str(arguments.delta), "base_only": arguments.base,
@@ -202,10 +195,8 @@ def sampling_of(arguments: argparse.Namespace, number: int) -> Sampling:
     return Sampling(temperature or None, arguments.top_p or 1.0, arguments.top_k or 0, seed)
 
 
-def answers(
-    session: ModelSession, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
-) -> Callable[[list[int], int, bool], Generated]:
-    """The function that answers: (prompt's ids, its number, whether text is written as it comes)."""
+def answers(session: ModelSession, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace) -> Answer:
+    """The function that answers, once the session is loaded; what ends an answer is read now."""
     from usaf.generation import generate, read_ending
     from usaf.session import context_length
 
@@ -219,6 +210,32 @@ def answers(
         )  # fmt: skip
 
     return answer
+
+
+def answer_all(
+    session: ModelSession, encoded: Sequence[tuple[Prompt, list[int]]], answer: Answer,
+    own_routers: dict[str, Tensor] | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Answers every prompt and shows it; with the checkpoint's own routers, the base's answer beside it.
+
+    Returns:
+        The figures of each prompt.
+    """
+    from usaf.generation import base_alone, layers_on_device
+
+    figures = []
+    with layers_on_device(session.model):
+        for number, (prompt, prompt_ids) in enumerate(encoded):
+            if len(encoded) > 1:
+                say(f"{'' if number == 0 else chr(10)}[{number + 1} of {len(encoded)}] {heading(prompt)}")
+            base = None
+            if own_routers is not None:
+                with base_alone(session.model, own_routers):
+                    base = answer(prompt_ids, number, False)
+            found = answer(prompt_ids, number, base is None)
+            show(found, base)
+            figures.append(figures_of(prompt, prompt_ids, found, base))
+    return figures
 
 
 def write(text: str) -> None:
