@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -142,6 +143,16 @@ def _wrap(out: Any, arguments: list[FakeTensor], stays: bool) -> Any:
     return _map(wrap, out)
 
 
+_torch_tensor = torch.tensor
+
+
+def _tensor(data: Any, *, device: Any = None, **kwargs: Any) -> torch.Tensor:
+    """torch.tensor allocates below every dispatch mode; a real device has memory to give it."""
+    if device is None or torch.device(device).type != DEVICE_NAME:
+        return _torch_tensor(data, device=device, **kwargs)
+    return _torch_tensor(data, **kwargs).to(device)
+
+
 @contextlib.contextmanager
 def fake_device(refuse: tuple[torch.dtype, ...] = DIRECTML_LACKS) -> Iterator[torch.device]:
     """The device, for use inside the block: `with fake_device() as device: x = x.to(device)`.
@@ -154,7 +165,7 @@ def fake_device(refuse: tuple[torch.dtype, ...] = DIRECTML_LACKS) -> Iterator[to
     mode = _FakeDeviceMode(refuse)
     _CURRENT.append(mode)
     try:
-        with mode:
+        with mode, mock.patch.object(torch, "tensor", _tensor):
             yield torch.device(DEVICE_NAME, 0)
     finally:
         _CURRENT.pop()

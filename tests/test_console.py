@@ -16,7 +16,19 @@ from typing import Any
 import pytest
 import torch
 
-from usaf.console import LateBar, Parser, is_out_of_memory, phase, run_command, say, table
+from usaf.console import (
+    LateBar,
+    Parser,
+    cells_wide,
+    is_out_of_memory,
+    phase,
+    run_command,
+    say,
+    side_by_side,
+    table,
+    visible,
+    wrapped,
+)  # fmt: skip
 from usaf.errors import RunError, UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -182,7 +194,32 @@ def test_a_phase_that_fails_tells_nobody_that_it_is_done() -> None:
     assert ended == []
 
 
-@pytest.mark.parametrize("command", ["usaf.quantize", "usaf.evaluate"])
+def test_two_texts_side_by_side() -> None:
+    shown = side_by_side(("base", "tuned"), ("one\n  two", "a" * 50), 90)
+    assert shown.splitlines() == [
+        f"{'base':<43} | tuned",
+        f"{'-' * 43} | {'-' * 43}",
+        f"{'one':<43} | {'a' * 43}",
+        f"{'  two':<43} | {'a' * 7}",
+    ]
+    assert side_by_side(("base", "tuned"), ("one\n  two", "x"), 60) == "base\n----\none\n  two\n\ntuned\n-----\nx"
+
+
+def test_texts_are_wrapped_at_spaces_by_what_a_terminal_shows() -> None:
+    assert wrapped("aa bb cc", 5) == ["aa bb", "cc"]
+    assert wrapped("aa bbb cc", 5) == ["aa", "bbb", "cc"]
+    assert wrapped("abcdefg", 3) == ["abc", "def", "g"]
+    assert wrapped("    indented\n\nx", 8) == ["    inde", "nted", "", "x"]
+    assert wrapped("漢字漢字", 5) == ["漢字", "漢字"]
+    assert all(cells_wide(line) <= 7 for line in wrapped("e\u0301té 漢字 and more of it " * 5, 7))
+    assert "".join(wrapped("e\u0301té漢字" * 9, 7)) == "e\u0301té漢字" * 9
+
+
+def test_control_characters_are_spelt_out() -> None:
+    assert visible("a\x1b[31m\r\n\tb\u3000漢") == "a\\x1b[31m\\r\n\tb\u3000漢"
+
+
+@pytest.mark.parametrize("command", ["usaf.quantize", "usaf.evaluate", "usaf.generate"])
 def test_help_answers_without_loading_torch(command: str) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", command, "--help"],

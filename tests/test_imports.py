@@ -17,12 +17,12 @@ ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
     {"devices", "kernels", "source_formats", "partial"},  # level 1
-    {"experts", "linear", "samples", "demo"},  # level 2, in four rows: samples below data,
+    {"experts", "linear", "samples", "demo"},  # level 2, in four rows: samples below data and prompts,
     {"adapters"},  # rewrite families into what experts.py serves,
-    {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
+    {"checkpoint", "data", "prompts"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model", "merge"},  # level 3
-    {"loss", "packing", "prefix"},  # level 4, in two rows: both serve importance and evaluation
+    {"loss", "packing", "prefix", "generation"},  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run"},
     {"trainer"},  # level 5
     {"session"},  # level 6: what every command needs before it works
@@ -30,7 +30,7 @@ ROWS = [
     {"job"},  # one run, phase by phase
     {"merged_folder"},
     {"evaluate", "export"},  # level 7, the commands
-    {"train", "quantize"},
+    {"train", "quantize", "generate"},
 ]
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = ["errors", "settings", "demo"]  # what `--help` imports

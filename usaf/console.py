@@ -14,8 +14,10 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -25,6 +27,8 @@ from tqdm import tqdm
 from usaf.errors import RunError, UserError
 
 OUT_OF_MEMORY_MARKS = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+NARROWEST_COLUMN, COLUMN_GAP = 36, " | "
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +114,44 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
         )
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)
+
+
+def side_by_side(titles: tuple[str, str], texts: tuple[str, str], width: int) -> str:
+    """Two texts in two columns of a terminal `width` wide, or one under the other where a column would be narrow."""
+    column = (width - len(COLUMN_GAP)) // 2
+    if column < NARROWEST_COLUMN:
+        pairs = zip(titles, texts, strict=True)
+        return "\n\n".join(f"{title}\n{'-' * len(title)}\n{visible(text)}" for title, text in pairs)
+    shown = [visible(text.expandtabs(4)) for text in texts]
+    cells = [[title, "-" * column, *wrapped(text, column)] for title, text in zip(titles, shown, strict=True)]
+    return "\n".join(
+        f"{left}{' ' * (column - cells_wide(left))}{COLUMN_GAP}{right}".rstrip()
+        for left, right in zip_longest(*cells, fillvalue="")
+    )
+
+
+def visible(text: str) -> str:
+    """Control characters spelt out, save line breaks and tabs: a model may write any, and a terminal would obey."""
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` cells, broken at spaces where there are any; line breaks and indentation stay."""
+    lines = []
+    for line in text.split("\n"):
+        while cells_wide(line) > width:
+            end = next(n for n in range(len(line), 0, -1) if cells_wide(line[:n]) <= width)
+            space = line.rfind(" ", 0, end + 1)
+            at = space if space > 0 and line[:space].strip() else end
+            lines.append(line[:at])
+            line = line[at:].removeprefix(" ")
+        lines.append(line)
+    return lines
+
+
+def cells_wide(text: str) -> int:
+    """Cells of a terminal: two for the wide characters of East Asian scripts, none for combining marks."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

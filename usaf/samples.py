@@ -86,7 +86,7 @@ class SampleFile:
 
     def read(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
         """Samples in the order of `indices`. Raises UserError when the file has changed since it was checked."""
-        with _open(self.path) as stream:
+        with open_file(self.path) as stream:
             if _stamp(stream) != self.stamp:
                 raise UserError(f"{place(self.path)}: the file changed while it was in use; start again")
             for index in indices:
@@ -114,11 +114,11 @@ def read_samples(path: str | os.PathLike[str]) -> SampleFile:
     starts, lines, fits = array("q"), array("q"), bytearray()
     kind: Kind | None = None
     largest_id = -1
-    with _open(path) as stream:
+    with open_file(path) as stream:
         stamp = _stamp(stream)
-        for number, start, line in _numbered_lines(stream):
+        for number, start, line in numbered_lines(stream):
             try:
-                sample = _parse_line(line)
+                sample = parse_line(line)
                 found = _kind_of(sample)
                 if kind is not None and found != kind:
                     raise UserError(
@@ -197,7 +197,7 @@ def encode_sample(sample: dict[str, Any], kind: Kind, tokenizer: PreTrainedToken
     if kind == "text":
         return _encode_text(sample["text"], tokenizer)
     if kind == "messages":
-        if not _has_chat_template(tokenizer):
+        if not has_chat_template(tokenizer):
             raise UserError(
                 "the model's tokenizer has no chat template for messages; use the instruction-tuned model's "
                 'tokenizer, or give {"prompt", "completion"} or {"text"}'
@@ -205,7 +205,7 @@ def encode_sample(sample: dict[str, Any], kind: Kind, tokenizer: PreTrainedToken
         return _encode_messages(sample["messages"], tokenizer)
     assert kind == "prompt", f"{kind} needs no tokenizer"
     prompt, completion = prompt_and_completion(sample)
-    if not _has_chat_template(tokenizer):
+    if not has_chat_template(tokenizer):
         return _encode_prompt(prompt, completion, tokenizer)
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return _encode_messages(turns, tokenizer)
@@ -224,7 +224,7 @@ def prompt_and_completion(sample: dict[str, Any]) -> tuple[str, str]:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():  # Windows calls this a lack of permission
         raise UserError(f"{place(path)}: this is a folder; name a JSONL file")
     try:
@@ -242,7 +242,7 @@ def _stamp(stream: BinaryIO) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+def numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset, line) of every line that is not blank; a byte order mark is skipped."""
     start = 0
     for number, line in enumerate(stream, 1):
@@ -252,14 +252,18 @@ def _numbered_lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
         start += len(line)
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
+def decode_line(line: bytes) -> str:
     try:
-        text = line.decode("utf-8")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         utf16 = " (it begins as UTF-16 does)" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise UserError(
             f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}{utf16}; save the file as UTF-8"
         ) from None
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    text = decode_line(line)
     if text.lstrip().startswith("["):
         raise UserError("a JSON array, not JSONL; write one object {...} a line, without the brackets around them")
     try:
@@ -330,7 +334,7 @@ def _check_token_sample(sample: dict[str, Any]) -> None:
         raise UserError(f"input_ids has {lengths[0]} entries, labels has {lengths[1]}; they must be equally long")
 
 
-def _check_text(name: str, text: object) -> None:
+def check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
         raise UserError(f"{name} is a JSON {_json_type(text)}; it must be a string")
     try:
@@ -342,21 +346,21 @@ def _check_text(name: str, text: object) -> None:
 
 
 def _check_text_sample(sample: dict[str, Any]) -> None:
-    _check_text("text", sample["text"])
+    check_text("text", sample["text"])
 
 
 def _check_prompt_sample(sample: dict[str, Any]) -> None:
     prompt_key, completion_key = _prompt_keys(sample) or PROMPT_KEYS[0]
-    _check_text(prompt_key, sample[prompt_key])
-    _check_text(completion_key, sample[completion_key])
+    check_text(prompt_key, sample[prompt_key])
+    check_text(completion_key, sample[completion_key])
     if prompt_key == "instruction" and sample.get("input") is not None:
-        _check_text("input", sample["input"])
+        check_text("input", sample["input"])
     if not sample[completion_key]:
         raise UserError(f"{completion_key} is empty, so there is nothing to learn; remove the line")
 
 
-def _check_messages_sample(sample: dict[str, Any]) -> None:
-    messages = sample["messages"]
+def check_turns(messages: object) -> None:
+    """The form of a conversation, whoever speaks in it."""
     if not isinstance(messages, list):
         raise UserError(f"messages is a JSON {_json_type(messages)}; it must be a list of turns")
     if not messages:
@@ -367,9 +371,14 @@ def _check_messages_sample(sample: dict[str, Any]) -> None:
         for key in ("role", "content"):
             if key not in turn:
                 raise UserError(f"messages[{position}] has no {key}; each turn needs role and content")
-            _check_text(f"messages[{position}].{key}", turn[key])
+            check_text(f"messages[{position}].{key}", turn[key])
         if turn["role"] not in ROLES:
             raise UserError(f"messages[{position}] has the unknown role {turn['role'][:40]!r}; use {', '.join(ROLES)}")
+
+
+def _check_messages_sample(sample: dict[str, Any]) -> None:
+    messages = sample["messages"]
+    check_turns(messages)
     if all(turn["role"] != "assistant" for turn in messages):
         raise UserError(
             "messages has no assistant turn, so there is nothing to learn; remove the line or add the answer"
@@ -400,7 +409,7 @@ def _label_fit(sample: dict[str, Any]) -> int:
 # Encoding.
 
 
-def _has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.chat_template)
 
 
@@ -417,13 +426,23 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Document
     return [(ids, list(ids))]
 
 
+def on_its_own_line(prompt: str) -> str:
+    """Without a chat template, what keeps an answer apart from its prompt."""
+    return prompt if not prompt or prompt[-1].isspace() else prompt + "\n"
+
+
+def encode_beginning(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text that is to go on: some tokenizers end every text, but the answer has yet to come."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = tokenizer.eos_token_id
+    return ids[:-1] if end is not None and ids[-1:] == [end] and not text.endswith(tokenizer.eos_token) else ids
+
+
 def _encode_prompt(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     """Without a chat template. The two are tokenised apart, so that no token straddles the border, as in generation."""
-    if prompt and not prompt[-1].isspace() and not completion[0].isspace():
-        prompt += "\n"
-    prompt_ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    if tokenizer.eos_token_id is not None and prompt_ids[-1:] == [tokenizer.eos_token_id]:
-        prompt_ids.pop()  # some tokenizers end every text; the answer has yet to come
+    if not completion[0].isspace():
+        prompt = on_its_own_line(prompt)
+    prompt_ids = encode_beginning(prompt, tokenizer)
     completion_ids = list(tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
     completion_ids = _with_end(completion_ids, tokenizer)
     return [(prompt_ids + completion_ids, [NO_TARGET] * len(prompt_ids) + completion_ids)]
@@ -434,12 +453,12 @@ def _encode_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokeni
     write is the rest of the rendering of messages[:i+1]. Where that is how the whole conversation begins, the turn is
     learnt inside the whole; where not, in a document of its own, with the turns before it as mere context."""
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    whole = _render(messages[: turns[-1] + 1], tokenizer, generation_prompt=False)
+    whole = render_chat(messages[: turns[-1] + 1], tokenizer, generation_prompt=False)
     documents: list[Document] = []
     spans: list[tuple[int, int]] = []
     for i in turns:
-        context = _render(messages[:i], tokenizer, generation_prompt=True)
-        answered = _render(messages[: i + 1], tokenizer, generation_prompt=False)
+        context = render_chat(messages[:i], tokenizer, generation_prompt=True)
+        answered = render_chat(messages[: i + 1], tokenizer, generation_prompt=False)
         if not answered.startswith(context):
             raise UserError(
                 f"the chat template renders messages[{i}] otherwise than its own generation prompt begins it, so the "
@@ -454,7 +473,7 @@ def _encode_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokeni
     return documents
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
+def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = _FIXED_DATE + template

@@ -277,23 +277,28 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
 
 def check_context(data: TrainingData, checkpoint: Checkpoint, seq_len: int) -> None:
     """Refuse sequences beyond the model's context."""
-    limit = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(checkpoint)
     for name, rows in {"train": data.train, "in_domain": data.in_domain, **data.heldout}.items():
         if limit is not None and longest_row(rows) > limit:
             raise UserError(f"SEQ_LEN={seq_len}: the sequences of {name} reach {longest_row(rows)} tokens, and the "
                             f"model's context is {limit}; lower SEQ_LEN, or shorten the samples")  # fmt: skip
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """None where the folder has none: data of token ids needs none."""
+def context_length(checkpoint: Checkpoint) -> int | None:
+    """Tokens that the model can see at once; None where its family has no limit."""
+    return getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None)
+
+
+def read_tokenizer(folder: Path, otherwise: str = ", or give data of token ids") -> PreTrainedTokenizerBase | None:
+    """None where the folder has none: data of token ids needs none. otherwise: what to do but restore it."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}); restore the tokenizer's files, or give "
-            "data of token ids"
+            f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}); restore the tokenizer's files"
+            f"{otherwise}"
         ) from None
 
 
