@@ -32,9 +32,9 @@ TINY = {
 class World:
     """A folder with a model, data and runs: `environ(...)` are the settings of a run in it, by its tag."""
 
-    def __init__(self, root: Path, family: str = "qwen3_moe") -> None:
+    def __init__(self, root: Path, family: str = "qwen3_moe", **config: Any) -> None:
         self.root, self.model, self.runs = root, root / "model", root / "runs"
-        write_checkpoint(self.model, family)
+        write_checkpoint(self.model, family, **config)
         self.data = write_tokens(root / "data.jsonl")
         self.other = write_tokens(root / "other.jsonl", samples=6, seed=5)
 

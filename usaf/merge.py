@@ -87,16 +87,21 @@ class Merge:
     def trained_routers(self) -> set[str]:
         return set(self.delta.routers)
 
-    @property
+    @cached_property
     def targets(self) -> list[str]:
-        """The fused parameters that the merge writes anew.
+        """The fused parameters that the merge writes anew, in 16 bits or more.
 
-        Experts that the checkpoint has in four bits are their own dequantised base: without a delta they stay.
+        Experts that the checkpoint has in four bits are their own dequantised base: without a delta they stay as they
+        are, but in the format of compressed-tensors, which transformers loads in all layers or in none.
         """
-        if self.base == "original":
-            return list(self.delta.experts)
-        kept = {t for t in self.transposed if self.checkpoint.four_bit(t) is not None} - set(self.delta.experts)
-        return [target for target in self.transposed if target not in kept]
+        quantization = self.checkpoint.quantization
+        four_bit = {target for target in self.transposed if self.checkpoint.four_bit(target) is not None}
+        written = set(self.delta.experts)
+        if self.base == "dequantized":
+            written |= self.transposed.keys() - four_bit
+        if quantization is not None and quantization.method == "compressed-tensors" and written & four_bit:
+            written |= four_bit
+        return [target for target in self.transposed if target in written]
 
     @cached_property
     def expert_keys(self) -> dict[str, ExpertKey]:

@@ -21,6 +21,7 @@ from usaf.checkpoint import INDEX_NAME, SINGLE_NAME
 from usaf.errors import RunError, UserError
 from usaf.files import FULL_DISK, flush, flush_folder, require_space, write_json
 from usaf.merge import Merge
+from usaf.source_formats import FourBit
 from usaf.tensor_file import TensorFileWriter, tensor_bytes_count
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
@@ -150,23 +151,32 @@ def exported_config(merge: Merge) -> dict[str, Any]:
 
 def except_written(config: dict[str, Any], merge: Merge) -> None:
     """Take what is written in 16 bits out of the quantisation that the configuration declares, or that out of it."""
-    checkpoint = merge.checkpoint
-    quantized = {key for key, stored in checkpoint.stored.items() if stored.format != "plain"}
+    stored = merge.checkpoint.stored
+    quantized = {key for key, tensor in stored.items() if tensor.format != "plain"}
     written = quantized & {*merge.expert_keys, *merge.router_keys}
     if not written:
         return
+    modules = sorted({experts_module(key, merge) for key in written}, key=dot_natural_key)
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for name in ("quantization_config", "compression_config"):
-            if name not in part:
-                continue
-            if written == quantized:
+            if name in part and written == quantized:
                 del part[name]
-                continue
-            by_regex = part[name].get("quant_method") == "compressed-tensors"
-            listed = "ignore" if by_regex else "modules_to_not_convert"
-            modules = sorted({experts_module(key, merge) for key in written}, key=dot_natural_key)
-            names = [rf"re:{re.escape(module)}\..*" for module in modules] if by_regex else modules
-            part[name][listed] = [*(part[name].get(listed) or []), *names]
+            elif name in part:
+                four_bit_left = any(isinstance(stored[key], FourBit) for key in quantized - written)
+                except_modules(part[name], modules, four_bit_left)
+
+
+def except_modules(quantization: dict[str, Any], modules: list[str], four_bit_left: bool) -> None:
+    """Add modules to those that a quantisation leaves alone, each in the way of its loader."""
+    if quantization.get("quant_method") != "compressed-tensors":
+        listed = quantization.get("modules_to_not_convert") or []
+        quantization["modules_to_not_convert"] = [*listed, *modules]
+        return
+    patterns = [f"re:{re.escape(module)}\\..*" for module in modules]
+    quantization["ignore"] = [*(quantization.get("ignore") or []), *patterns]
+    if not four_bit_left:  # transformers would look for four-bit experts as long as a group declares some
+        groups = quantization["config_groups"].items()
+        quantization["config_groups"] = {k: g for k, g in groups if (g.get("weights") or {}).get("num_bits") != 4}
 
 
 def experts_module(key: str, merge: Merge) -> str:
