@@ -196,9 +196,7 @@ class FetchedExperts:
         self.base, self.device, self.shape = base, device, base.shape
 
     def expert(self, index: int) -> QuantizedTensor:
-        expert = self.base.expert(index)
-        parts = (part.to(self.device) if isinstance(part, Tensor) else part for part in expert)
-        return QuantizedTensor(*parts)  # type: ignore[arg-type]
+        return self.base.expert(index).to(self.device)
 
 
 @contextmanager
