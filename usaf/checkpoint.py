@@ -22,7 +22,7 @@ import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -315,7 +315,11 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
-    """The causal-LM class of a configuration; some are missing from the mapping and named in `architectures`."""
+    """The language-model class of a configuration: the text part alone where transformers reads it so, else the whole.
+
+    Some are missing from the causal-LM mapping and named in `architectures`, or are multimodal models, whose text part
+    is what trains; remote code's names for these are not transformers' own.
+    """
     if type(config) in AutoModelForCausalLM._model_mapping:
         known: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return known
@@ -323,6 +327,9 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        multimodal: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+        return multimodal
     raise UserError(f"MODEL: transformers {transformers.__version__} has no causal language model for model_type "
                     f"{config.model_type} (architecture {name}); use an MoE language model it knows")  # fmt: skip
 
