@@ -150,7 +150,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
                                  {"intermediate_size": 96, "moe_intermediate_size": [48, 48], "moe_num_experts": 8,
                                   "moe_k": 2, "moe_num_shared_experts": 1, "mlp_layer_types": FIRST_DENSE,
                                   "rope_parameters": {**MROPE, "mrope_section": [3, 3, 2]}})},
-    "gemma4": {"text": ("gemma4_text", {})},
+    "gemma4": {"text": ("gemma4_text", {}), "towers": {"vision_config": {"model_type": "gemma4_vision"}}},
     "glm4v_moe": {"text": ("glm4v_moe_text", {**ROUTED, "head_dim": 16, "n_shared_experts": 1, **GROUPS,
                                               "first_k_dense_replace": 1,
                                               "rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}})},
@@ -214,9 +214,9 @@ def wrapper_config(family: str) -> Any:
     composite = CONFIG_MAPPING[family]
     default = composite()
     towers = {
-        name: {**small_tower(getattr(default, name)), **wrapper.get("towers", {}).get(name, {})}
+        name: {**small_tower(getattr(default, name), wrapper.get("towers", {}).get(name, {}))}
         for name in composite.sub_configs
-        if name != "text_config" and getattr(default, name) is not None
+        if name != "text_config" and (getattr(default, name) is not None or name in wrapper.get("towers", {}))
     }
     own = {name: SMALL_TOWER[name] for name in SMALL_TOWER if name in names_of(composite)}
     return composite(text_config=given, **towers, **own, **copy.deepcopy(wrapper.get("arguments", {})))
@@ -226,9 +226,10 @@ def names_of(config_class: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
-def small_tower(tower: Any) -> dict[str, Any]:
-    own = names_of(type(tower))
-    return {"model_type": tower.model_type, **{name: value for name, value in SMALL_TOWER.items() if name in own}}
+def small_tower(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    model_type = changes.get("model_type") or default.model_type
+    own = names_of(CONFIG_MAPPING[model_type])
+    return {"model_type": model_type, **{k: v for k, v in SMALL_TOWER.items() if k in own}, **changes}
 
 
 def class_of(family: str, config: Any) -> type[PreTrainedModel]:
@@ -246,8 +247,14 @@ def random_model(family: str, seed: int = 0, std: float = 0.08) -> PreTrainedMod
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=std)
     for name, vector in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("router.bias", "correction_bias", "expert_bias", "balancing_biases")):
+        if name.endswith(("router.bias", "correction_bias", "expert_bias")):
             nn.init.normal_(vector.data, std=std)  # zeros would hide that they are lost
+        elif name.endswith("balancing_biases"):
+            nn.init.normal_(vector.data[:-1], std=std)  # (transformers sets the last one whatever a checkpoint says)
+        elif name.endswith("tid2eid"):
+            vector.data.copy_(torch.rand(len(vector), 8).argsort(1)[:, : vector.shape[1]])
+        elif vector.ndim == 1 and not vector.any():
+            nn.init.normal_(vector.data, std=std)
     return model
 
 

@@ -17,7 +17,8 @@ ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "memory", "console"},  # level 0
     {"devices", "kernels"},  # level 1
-    {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
+    {"experts", "linear", "samples", "demo"},  # level 2, in four rows: samples below data,
+    {"skeleton"},  # what a family's code says of itself,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model"},  # level 3

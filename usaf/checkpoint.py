@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from transformers.core_model_loading import (
 
 from usaf.errors import UserError
 from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module, projection_names
+from usaf.skeleton import Handover, find_decoder, handover
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 READABLE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -51,6 +53,7 @@ class Source:
     """The checkpoint tensors that make up one parameter of the model, in the order the converter wants them."""
 
     converter: WeightConverter | None
+    lead: str  # the parameter under whose name the converter collects; another one where it makes several of the same
     keys: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint key, the converter's pattern for it)
 
 
@@ -67,6 +70,7 @@ class Checkpoint:
         self.config = read_config(folder)
         self.shards = read_index(folder)
         self._files: dict[str, Any] = {}
+        self._whole: tuple[str, Tensor] | None = None  # the last parameter that could not be read an expert at a time
         self._check_shards()
         self.model = meta_model(self.config, attention)
         self.unexpected: list[str] = []
@@ -103,7 +107,8 @@ class Checkpoint:
                 self.unexpected.append(key)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            sources.setdefault(target, Source(converter)).keys.append((key, pattern or key))
+            for made in targets_of(converter, target):
+                sources.setdefault(made, Source(converter, target)).keys.append((key, pattern or key))
         return sources
 
     def _check_parameters(self) -> None:
@@ -159,7 +164,11 @@ class Checkpoint:
             key = source.keys[0][0]
             return self._open(self.shards[key]).get_slice(key)[e]
         if not isinstance(source.converter.operations[0], MergeModulelist):
-            return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
+            # A converter that mixes experts: rare, and then a whole parameter at a time.
+            if self._whole is None or self._whole[0] != target:
+                self._whole = None
+                self._whole = (target, self.read(target))
+            return self._whole[1][e]
         by_pattern = self._by_pattern(target, num_experts)
         return self._assemble(target, [(keys[e], pattern) for pattern, keys in by_pattern.items()], self.tensor)[0]
 
@@ -184,10 +193,11 @@ class Checkpoint:
         converter = copy.deepcopy(self.sources[target].converter)
         if converter is None:
             return read(next(iter(keys))[0])
+        lead = self.sources[target].lead
         for key, pattern in keys:
             tensor: Any = read(key)  # (declared as a future of one)
-            converter.add_tensor(target, key, pattern, tensor)
-        value = converter.convert(target, model=self.model, config=self.config)[target]
+            converter.add_tensor(lead, key, pattern, tensor)
+        value = converter.convert(lead, model=self.model, config=self.model.config)[target]
         return value[0] if isinstance(value, list) else value
 
     def missing(self, targets: Iterable[str]) -> list[str]:
@@ -210,18 +220,35 @@ class Checkpoint:
     def close(self) -> None:
         """Drop the mapped files: on Windows these can be neither replaced nor deleted. Reading maps them again."""
         self._files.clear()
+        self._whole = None
+
+    @cached_property
+    def handover(self) -> Handover:
+        """What the model's layers hand on to each other. (Asked of modules on the meta device: before any has weights.)"""
+        return handover(self.model)
 
     def num_layers(self) -> int:
         return int(self.config.get_text_config().num_hidden_layers)
 
+    def moe_layers(self) -> list[int]:
+        """The numbers of the layers that have experts."""
+        prefix = len(find_decoder(self.model)[1]) + 1
+        return sorted({int(name[prefix:].split(".")[0]) for name in self.expert_parameters()})
+
     def expert_parameters(self) -> dict[str, tuple[str, str]]:
-        """The experts modules: name -> (full name of the first projection, of the second)."""
+        """The experts modules of the text part: name -> (full name of the first projection, of the second)."""
         found = {}
         for name, module in self.model.named_modules():
-            if is_experts_module(module):
+            if is_experts_module(module) and name in self.handover.called:
                 up, down = projection_names(module)
                 found[name] = (f"{name}.{up}", f"{name}.{down}")
         return found
+
+
+def targets_of(converter: WeightConverter | None, target: str) -> list[str]:
+    """The parameters that a converter makes together, given the first of them."""
+    patterns = [] if converter is None else converter.target_patterns
+    return [target, *(target.replace(patterns[0], other) for other in patterns[1:])]
 
 
 def one_line(error: BaseException) -> str:
@@ -342,6 +369,8 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
     """
     cls = model_class(config)
     config = copy.deepcopy(config)
+    if not isinstance(config, cls.config_class):  # type: ignore[arg-type]  # a multimodal model, read for its text part
+        config = config.get_text_config()
     config.get_text_config().output_router_logits = False  # the loss is ours; no auxiliary term
     try:
         with torch.device("meta"):

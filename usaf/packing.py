@@ -2,71 +2,72 @@
 
 Documents packed into one row are told apart by position ids that restart; most of transformers' decoders turn that
 into a block-diagonal causal mask. Some do not (gpt_oss never hands the position ids to its mask functions), and layers
-with recurrent or linear-attention state take no such mask at all. `keeps_documents_apart` runs the decoder with its
-layers replaced by recorders, on a row of two documents, and looks at the mask that each layer would get.
+with recurrent or linear-attention state, convolutions or compressed tokens look past any such mask.
+`keeps_documents_apart` runs the family's code without its weights (`skeleton`) on a row of two documents: every layer
+must get a mask that hides the first from the second, and an edit of the first must leave the second's states alone.
 """
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from usaf.model import find_decoder
+from usaf.skeleton import find_decoder, skeleton
 
-DOCUMENT = 4  # tokens of each of the two documents of the question
+DOCUMENT = 136
+"""Tokens of each of the two documents of the question: more than a block of 128, which some families compress into one
+entry of the attention."""
+
+MOVED = 1e-4
+"""The part of its size by which a state must change to count as reached: far above rounding."""
 
 
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether every layer gets a mask that hides the first of two packed documents from the second.
+    """Whether nothing of the first of two packed documents reaches the second.
 
     Args:
         model: on the meta device; it is not changed, and no weights are needed.
     """
-    model = copy.deepcopy(model)
-    decoder, name, layers = find_decoder(model)
+    model = skeleton(model)
+    decoder, _, layers = find_decoder(model)
     masks: list[object] = []
+    states: list[Tensor] = []  # of the second document after each layer
 
-    def record(hidden_states: Tensor, *_: Any, attention_mask: object = None, **__: Any) -> Tensor:
-        masks.append(attention_mask)
-        return hidden_states
+    def record(forward: Any, *args: Any, **kwargs: Any) -> Any:
+        masks.append(kwargs.get("attention_mask"))
+        out = forward(*args, **kwargs)
+        states.append((out if isinstance(out, Tensor) else out[0])[:, DOCUMENT:])
+        if len(states) <= len(layers) and not hides_first_document(masks[-1]):
+            raise _Seen
+        return out
 
     for layer in layers:
-        layer.forward = record
-    materialise_small_parts(model, layers)
-    width = model.config.get_text_config().hidden_size
+        layer.forward = partial(record, layer.forward)
     positions = torch.arange(DOCUMENT).repeat(2).unsqueeze(0)
+    ids = torch.arange(2 * DOCUMENT).unsqueeze(0) % 11
+    edited = torch.cat((torch.flip(ids[:, :DOCUMENT], (1,)) + 3, ids[:, DOCUMENT:]), dim=1)
     try:
         with torch.no_grad():
-            decoder(inputs_embeds=torch.zeros(1, 2 * DOCUMENT, width), position_ids=positions, use_cache=False)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return (
-            False  # a decoder that wants more than embeddings and positions cannot be asked; one document a row is safe
-        )
-    return len(masks) == len(layers) and all(hides_first_document(mask) for mask in masks)
+            for row in (ids, edited):
+                decoder(input_ids=row, position_ids=positions, use_cache=False)
+    except _Seen:
+        return False
+    pairs = zip(states[: len(layers)], states[len(layers) :], strict=True)
+    return all(bool((a - b).abs().max() <= MOVED * a.abs().max()) for a, b in pairs)
+
+
+class _Seen(Exception):
+    """A layer's mask shows it the first document: there is nothing more to ask."""
 
 
 def hides_first_document(mask: object) -> bool:
-    """A [1, 1, 8, 8] mask, boolean (True = seen) or additive, that hides all of the first document from the second."""
+    """A [1, 1, n, n] mask of two documents, boolean (True = seen) or additive, that hides all of the first from the
+    second."""
     if not isinstance(mask, Tensor) or mask.shape[-2:] != (2 * DOCUMENT, 2 * DOCUMENT):
         return False
     crossing = mask[..., DOCUMENT:, :DOCUMENT]
     return not bool(crossing.any()) if mask.dtype == torch.bool else bool((crossing < -1e4).all())
-
-
-def materialise_small_parts(model: PreTrainedModel, layers: nn.ModuleList) -> None:
-    """Norms as zeros and rotary tables as they are, on the host; layers and embeddings stay on meta."""
-    inside = {id(module) for module in layers.modules()}
-    for module in model.modules():
-        if id(module) in inside or isinstance(module, (nn.Embedding, nn.Linear)):
-            continue
-        for store in (module._parameters, module._buffers):
-            for key, tensor in store.items():
-                if tensor is not None and tensor.is_meta:
-                    value = torch.zeros_like(tensor, device="cpu")
-                    store[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value  # type: ignore
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
