@@ -377,13 +377,20 @@ def keeps_fp32(model: PreTrainedModel, name: str, routers: set[str]) -> bool:
 def initialise_tables(model: PreTrainedModel) -> None:
     """Buffers that no checkpoint holds (rotary frequencies): transformers computes them, on the CPU."""
     for module in model.modules():
-        # Only the owners of such buffers: _init_weights would draw random weights elsewhere.
-        if module._non_persistent_buffers_set:
-            for name in module._non_persistent_buffers_set:
+        # Only the owners of such buffers, and none of their weights: _init_weights draws those anew.
+        tables = module._non_persistent_buffers_set
+        if tables:
+            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+            loaded = [{n: t for n, t in store.items() if t is not None and n not in tables} for store in stores]
+            for store, tensors in zip(stores, loaded, strict=True):
+                store.update({n: torch.empty_like(t, device="meta") for n, t in tensors.items()})
+            for name in tables:
                 buffer = module._buffers[name]
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
+            for store, tensors in zip(stores, loaded, strict=True):
+                store.update(tensors)
 
 
 def freeze_linear(model: PreTrainedModel, routers: set[str], called: frozenset[str], dtype: torch.dtype) -> None:

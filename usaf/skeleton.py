@@ -79,7 +79,7 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
             module.forward = partial(pick, torch.randint(module.in_features, (module.out_features,), generator=generator))
         elif isinstance(module, nn.Embedding):
             row = torch.randn(module.embedding_dim, generator=generator)
-            module.forward = partial(embed, row, module.num_embeddings)
+            module.forward = partial(embed, row)
         else:
             materialise(model, module, generator)
             continue
@@ -119,9 +119,9 @@ def pick(features: Tensor, x: Tensor) -> Tensor:
     return x.index_select(-1, features) * 0.7
 
 
-def embed(row: Tensor, size: int, ids: Tensor) -> Tensor:
-    """Rows that differ by token: row * (1 + id / size)."""
-    return row * (1 + ids.unsqueeze(-1) / size)
+def embed(row: Tensor, ids: Tensor) -> Tensor:
+    """Vectors that differ by token in their direction, not their size alone, which a norm would take away."""
+    return torch.cos(row * (1 + ids % 97).unsqueeze(-1))
 
 
 # -- what layers hand on
@@ -280,16 +280,28 @@ class Flow:
 
 
 def put(container: Any, where: Path, value: Tensor) -> None:
-    """Replace the tensor at a place in nested containers; of the innermost tuples a new one is made."""
-    *way, last = where
-    holders = [container]
-    for key in way:
-        holders.append(holders[-1][key])
-    for holder, key in zip(reversed(holders), reversed([*way, last]), strict=True):
-        if isinstance(holder, (MutableMapping, MutableSequence)):
-            holder[key] = value
-            return
-        value = (*holder[:key], value, *holder[key + 1 :])  # type: ignore[assignment]
+    """Set the tensor at a place in nested containers. The innermost container that can change gets it: at its key, or
+    in the tuple there, which is made where it is not there yet."""
+    holder, at = container, 0
+    for depth in range(1, len(where)):
+        container = container[where[depth - 1]] if not lacks(container, where[depth - 1]) else None
+        if isinstance(container, (MutableMapping, MutableSequence)):
+            holder, at = container, depth
+    key, *within = where[at:]
+    if isinstance(holder, MutableSequence):
+        holder.extend([None] * (key + 1 - len(holder)))
+    if not within:
+        holder[key] = value
+        return
+    (place,) = within
+    parts = [] if lacks(holder, key) else list(holder[key] or ())
+    parts.extend([None] * (place + 1 - len(parts)))
+    parts[place] = value
+    holder[key] = tuple(parts)
+
+
+def lacks(container: Any, key: Any) -> bool:
+    return container is None or (isinstance(container, Mapping) and key not in container)
 
 
 def get(container: Any, where: Path) -> Tensor:
