@@ -1,8 +1,8 @@
 """A model without its weights that runs nonetheless: questions about a family are asked of its own code.
 
-`skeleton` copies a model from the meta device and gives every part a cheap stand-in: a linear layer picks features of
-its input in a fixed random order, an embedding repeats a row, experts hand on a scaled input, every other parameter is
-one random row repeated. Real values flow through the family's real forward, in the memory of the activations alone.
+`skeleton` copies a model from the meta device and gives every part a cheap stand-in: a linear layer hands out the
+features of its input from a random place on, an embedding makes up its vectors, experts hand on a scaled input, every
+other parameter is one random row repeated. Real values flow through the family's real forward, in the memory of the activations alone.
 
 `handover` asks which outputs of a layer later layers need. In most families that is the hidden state alone; in others
 a router's state goes along (zaya), keys and values are shared (gemma4), blocks of layers attend to the inputs of
@@ -34,7 +34,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from usaf.errors import UserError
 from usaf.experts import is_experts_module
 
-ROWS, TOKENS = 3, 23  # of the question; no model has a dimension of 23
+ROWS, TOKENS = 2, 11  # of the question; no model has a dimension of 11
 
 # What a family's own code raises where it wants more than it is given.
 NOT_ASKED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
@@ -76,7 +76,8 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
         if is_experts_module(module):
             module.forward = scaled
         elif type(module) is nn.Linear:
-            module.forward = partial(pick, torch.randint(module.in_features, (module.out_features,), generator=generator))
+            place = int(torch.randint(module.in_features, (), generator=generator))
+            module.forward = partial(turned, place, module.out_features)
         elif isinstance(module, nn.Embedding):
             row = torch.randn(module.embedding_dim, generator=generator)
             module.forward = partial(embed, row)
@@ -115,8 +116,12 @@ def scaled(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden * 0.5
 
 
-def pick(features: Tensor, x: Tensor) -> Tensor:
-    return x.index_select(-1, features) * 0.7
+def turned(place: int, out_features: int, x: Tensor) -> Tensor:
+    """[..., in] -> [..., out]: the features from `place` on, again from the first when they end."""
+    whole, rest = divmod(place + out_features, x.shape[-1])
+    if whole == 0:
+        return x[..., place:rest] * 0.7
+    return torch.cat([x[..., place:], *[x] * (whole - 1), x[..., :rest]], dim=-1) * 0.7
 
 
 def embed(row: Tensor, ids: Tensor) -> Tensor:
