@@ -470,7 +470,7 @@ def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatc
         captured.extend(weakref.ref(p.grad_outputs) for p in pairs)
         return score_bank(bank, pairs, k)
 
-    original = importance._layer_backward
+    original = importance._backward
 
     def beginning(*args: Any) -> Any:
         assert not any(ref() is not None for ref in captured), "pairs of the layer above are still held"
@@ -480,9 +480,9 @@ def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatc
         return original(*args)
 
     monkeypatch.setattr(importance, "score_bank", recording)
-    monkeypatch.setattr(importance, "_layer_backward", beginning)
+    monkeypatch.setattr(importance, "_backward", beginning)
     find(qwen, make_rows(), range(6))
-    assert backwards == [3, 2]
+    assert backwards == [(3, 4), (2, 3)]
     assert captured
     assert entered
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,13 @@ import torch
 import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, core_model_loading
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    core_model_loading,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -35,8 +42,9 @@ from transformers.core_model_loading import (
 
 from usaf import adapters
 from usaf.errors import UserError
-from usaf.experts import EXPERTS_IMPLEMENTATION, find_layers, is_experts_module, projection_names
+from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module, projection_names
 from usaf.quantization import Encoding, QuantizedTensor
+from usaf.skeleton import Handover, find_decoder, handover
 from usaf.source_formats import FourBit, Quantization, logical_tensors, read_quantization
 from usaf.tensor_file import Shards, TensorEntry, TensorFile, one_line
 
@@ -66,6 +74,7 @@ class Source:
     """The logical tensors that make up one parameter of the model, in the order the converter wants them."""
 
     converter: WeightConverter | None
+    lead: str  # the parameter under whose name the converter collects; another one where it makes several of the same
     keys: list[tuple[str, str]] = field(default_factory=list)  # (logical key, the converter's pattern for it)
 
     @property
@@ -103,6 +112,7 @@ class Checkpoint:
         self.config, self.quantization = read_config(folder)
         self.shards = read_index(folder)
         self.raw = Shards(folder, self.shards)
+        self._whole: tuple[str, Tensor] | None = None  # the last parameter that could not be read an expert at a time
         self._check_shards()
         self.stored = logical_tensors(self.raw, self.quantization)
         self.model = meta_model(self.config, attention)
@@ -153,9 +163,8 @@ class Checkpoint:
                 self.unexpected.append(key)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            first, *others = converter.target_patterns if converter is not None else [""]
-            for each in (target, *(target.replace(first, other) for other in others)):  # one tensor may make several
-                sources.setdefault(each, Source(converter)).keys.append((key, pattern or key))
+            for made in targets_of(converter, target):
+                sources.setdefault(made, Source(converter, target)).keys.append((key, pattern or key))
         return sources
 
     def _check_parameters(self) -> None:
@@ -205,7 +214,11 @@ class Checkpoint:
         """Expert e of a fused parameter [E, a, b], as [a, b]; nothing else of it is read."""
         pieces = self.expert_pieces(target, e, num_experts)
         if pieces is None:
-            return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
+            # A converter that mixes experts: rare, and then a whole parameter at a time.
+            if self._whole is None or self._whole[0] != target:
+                self._whole = None
+                self._whole = (target, self.read(target))
+            return self._whole[1][e]
         return self.assemble(target, pieces, [self.read_piece(piece) for piece in pieces], 1)[0]
 
     def expert_pieces(self, target: str, e: int, num_experts: int) -> list[Piece] | None:
@@ -302,11 +315,12 @@ class Checkpoint:
         converter = copy.deepcopy(self.sources[target].converter)
         if converter is None:
             return read(next(iter(keys))[0])
+        lead = self.sources[target].lead
         for key, pattern in keys:
             tensor: Any = read(key)  # (declared as a future of one)
-            converter.add_tensor(target, key, pattern, tensor)
+            converter.add_tensor(lead, key, pattern, tensor)
         model: Any = self.model if experts is None else _OneExpert(self.model, self.shapes, experts)
-        value = converter.convert(target, model=model, config=self.config)[target]
+        value = converter.convert(lead, model=model, config=self.model.config)[target]
         return value[0] if isinstance(value, list) else value
 
     def missing(self, targets: Iterable[str]) -> list[str]:
@@ -326,17 +340,33 @@ class Checkpoint:
                     digest.update(file.read(BLOCK_BYTES))
         return digest.hexdigest()
 
+    @cached_property
+    def handover(self) -> Handover:
+        """What the model's layers hand on to each other. (Asked of modules on the meta device: before any has weights.)"""
+        return handover(self.model)
+
     def num_layers(self) -> int:
-        return len(find_layers(self.model)[1])
+        return len(find_decoder(self.model)[2])
+
+    def moe_layers(self) -> list[int]:
+        """The numbers of the layers that have experts."""
+        prefix = len(find_decoder(self.model)[1]) + 1
+        return sorted({int(name[prefix:].split(".")[0]) for name in self.expert_parameters()})
 
     def expert_parameters(self) -> dict[str, tuple[str, str]]:
-        """The experts modules: name -> (full name of the first projection, of the second)."""
+        """The experts modules of the text part: name -> (full name of the first projection, of the second)."""
         found = {}
         for name, module in self.model.named_modules():
-            if is_experts_module(module):
+            if is_experts_module(module) and name in self.handover.called:
                 up, down = projection_names(module)
                 found[name] = (f"{name}.{up}", f"{name}.{down}")
         return found
+
+
+def targets_of(converter: WeightConverter | None, target: str) -> list[str]:
+    """The parameters that a converter makes together, given the first of them."""
+    patterns = [] if converter is None else converter.target_patterns
+    return [target, *(target.replace(patterns[0], other) for other in patterns[1:])]
 
 
 def resolve_model(model: str) -> Path:
@@ -438,7 +468,11 @@ def read_index(folder: Path) -> dict[str, str]:
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
-    """The causal-LM class of a configuration; some are missing from the mapping and named in `architectures`."""
+    """The language-model class of a configuration: the text part alone where transformers reads it so, else the whole.
+
+    Some are missing from the causal-LM mapping and named in `architectures`, or are multimodal models, whose text part
+    is what trains; remote code's names for these are not transformers' own.
+    """
     if type(config) in AutoModelForCausalLM._model_mapping:
         known: Any = AutoModelForCausalLM._model_mapping[type(config)]
         return known
@@ -446,6 +480,9 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        multimodal: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+        return multimodal
     raise UserError(f"MODEL: transformers {transformers.__version__} has no causal language model for model_type "
                     f"{config.model_type} (architecture {name}); use an MoE language model it knows")  # fmt: skip
 
@@ -458,10 +495,9 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
     """
     cls = model_class(config)
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.output_router_logits = False  # the loss is ours; no auxiliary term
-    if cls.config_class is type(text):  # the class of the text part alone, for a multimodal checkpoint too
-        config = text
+    if not isinstance(config, cls.config_class):  # type: ignore[arg-type]  # a multimodal model, read for its text part
+        config = config.get_text_config()
+    config.get_text_config().output_router_logits = False  # the loss is ours; no auxiliary term
     try:
         with torch.device("meta"):
             model = cls._from_config(

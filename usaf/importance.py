@@ -78,11 +78,11 @@ def find_important(
     gradients = _head_gradients(model, batches, inputs.pop(), head_chunk_tokens)
     active: dict[str, Tensor] = {}
     overlaps: list[float] = []
-    by_layer = {moe.layer: moe for moe in model.moe_from(states.start)}
-    for layer in range(model.num_layers - 1, states.start - 1, -1):
-        moe = by_layer.get(layer)
-        captured = _layer_backward(model, batches, layer, moe, inputs.pop(), gradients, layer > states.start, progress)
-        if moe is not None:
+    for segment in reversed(model.handover.segments(states.start, model.num_layers)):
+        moes = [moe for moe in model.moe if moe.layer in range(*segment)]
+        needs_input_gradient = segment[0] > states.start
+        captured = _backward(model, batches, segment, moes, inputs.pop(), gradients, needs_input_gradient, progress)
+        for moe in moes:
             for name, bank in zip(moe.names, moe.banks, strict=True):
                 pairs = captured.pop(0)
                 active[name], halves = score_bank(bank, pairs, active_count(bank.numel, fraction))
@@ -100,32 +100,16 @@ def _on_host(hidden: Tensor | None) -> Tensor | None:
 def _forward(
     model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], start: int, progress: Progress
 ) -> list[list[Tensor | None]]:
-    """inputs[i][c]: what enters layer start + i in chunk c, on the host; one more entry, what enters the final norm."""
+    """inputs[i][c]: what enters segment i in chunk c, on the host; one more entry, what enters the final norm."""
     inputs: list[list[Tensor | None]] = [hidden]
-    for layer in range(start, model.num_layers):
-        last = layer == model.num_layers - 1
+    for first, end in model.handover.segments(start, model.num_layers):
         outputs: list[Tensor | None] = []
         for batch, h in zip(batches, inputs[-1], strict=True):
             h = None if h is None else h.to(model.backend.device)
-            outputs.append(_layer_output(model, batch, layer, h, last).cpu())
-            progress(1)
+            outputs.append(model.run_layers(batch, first, end, h, norm=False).cpu())
+            progress(end - first)
         inputs.append(outputs)
     return inputs
-
-
-def _layer_output(model: SparseModel, batch: Batch, layer: int, hidden: Tensor | None, last: bool) -> Tensor:
-    """One layer alone. Inside the decoder the final norm follows the last layer, whose own output is caught."""
-    if not last:
-        return model.run_layers(batch, layer, layer + 1, hidden)
-    kept: list[Tensor] = []
-    hook = model.layers[layer].register_forward_hook(
-        lambda _m, _a, out: kept.append(out if isinstance(out, Tensor) else out[0])
-    )
-    try:
-        model.run_layers(batch, layer, layer + 1, hidden)
-    finally:
-        hook.remove()
-    return kept[0]
 
 
 def _head_gradients(
@@ -143,14 +127,16 @@ def _head_gradients(
     return gradients
 
 
-def _layer_backward(
-    model: SparseModel, batches: list[Batch], layer: int, moe: MoeLayer | None, inputs: list[Tensor | None],
-    gradients: list[Tensor], needs_input_gradient: bool, progress: Progress,
+def _backward(
+    model: SparseModel, batches: list[Batch], segment: tuple[int, int], moes: list[MoeLayer],
+    inputs: list[Tensor | None], gradients: list[Tensor], needs_input_gradient: bool, progress: Progress,
 ) -> list[list[PairGradients]]:  # fmt: skip
-    """All chunks through one layer's backward. `gradients` [c] goes in as the layer's output gradient and comes out as
-    its input gradient; `inputs` is emptied. Returns, for each bank, what its weight gradients need, one entry a chunk.
+    """All chunks through one segment's backward: in nearly every family, one layer's. `gradients` [c] goes in as its
+    output gradient and comes out as its input gradient; `inputs` is emptied. Returns, for each bank, what its weight
+    gradients need, one entry a chunk.
     """
-    banks = moe.banks if moe is not None else ()
+    first, end = segment
+    banks = [bank for moe in moes for bank in moe.banks]
     for bank in banks:
         bank.captured = []
         bank.delta.requires_grad_(True)  # still empty, but it makes autograd come by
@@ -162,11 +148,11 @@ def _layer_backward(
             h = h.to(model.backend.device).detach().requires_grad_(needs_input_gradient)
         if needs_input_gradient or deltas:
             wanted = [h, *deltas] if needs_input_gradient and h is not None else deltas  # and nothing of the routers'
-            out = _layer_output(model, batch, layer, h, last=layer == model.num_layers - 1)
+            out = model.run_layers(batch, first, end, h, norm=False)
             torch.autograd.backward(out, gradients[c].to(out.device), inputs=wanted)
         if h is not None and h.grad is not None:
             gradients[c] = h.grad.cpu()
-        progress(1)
+        progress(end - first)
     captured = [bank.captured or [] for bank in banks]
     for bank in banks:
         bank.captured = None

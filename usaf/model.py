@@ -10,8 +10,10 @@ those that do not).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from usaf.checkpoint import Checkpoint
 from usaf.data import Batch
 from usaf.devices import Backend
 from usaf.errors import UserError
 from usaf.expert_store import ExpertStore
-from usaf.experts import ExpertBank, attach_banks, find_layers, is_experts_module, projection_names
+from usaf.experts import ExpertBank, attach_banks, is_experts_module, projection_names
 from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
+from usaf.skeleton import HandedOn, Handover, Path, Product, find_decoder, get, put
 from usaf.tensor_file import tensor_bytes
+
+MOST_EXTRA_ROWS = 8
+"""Rows that a router's weight may have beyond one for each expert."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,15 @@ class MoeLayer:
 
 
 class _Stopped(Exception):
-    """Carries the hidden state out of a forward that has gone far enough."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    """Ends a forward that has gone far enough."""
 
 
 class SparseModel:
     """`model` (transformers) with banks for experts; `moe` lists its MoE layers in order."""
 
-    def __init__(self, model: PreTrainedModel, backend: Backend, base_fingerprint: str) -> None:
+    def __init__(self, model: PreTrainedModel, backend: Backend, base_fingerprint: str, handover: Handover) -> None:
         self.model, self.backend, self.base_fingerprint = model, backend, base_fingerprint
+        self.handover = handover
         self.config: Any = model.config
         self.decoder, self.layers_name, self.layers = find_decoder(model)
         self.moe = find_moe_layers(model, self.layers_name)
@@ -83,15 +86,18 @@ class SparseModel:
                     bank.move(device)
 
     @contextmanager
-    def placed(self, layer: int) -> Iterator[None]:
-        """A frozen layer on the compute device for as long as it is needed; the host keeps its own."""
+    def placed(self, first: int, end: int | None = None) -> Iterator[None]:
+        """Frozen layers [first, end), one unless told otherwise, on the compute device for as long as they are needed;
+        the host keeps its own."""
         device = self.backend.device
         if device.type == "cpu":
             yield
             return
+        layers = range(first, first + 1 if end is None else end)
         # Not place() there and back: that would end with copies in place of the mapped files.
-        bases = [(bank, bank.base) for moe in self.moe if moe.layer == layer for bank in moe.banks]
-        stores: list[dict[str, Any]] = [s for m in self.layers[layer].modules() for s in (m._parameters, m._buffers)]
+        bases = [(bank, bank.base) for moe in self.moe if moe.layer in layers for bank in moe.banks]
+        modules = [module for layer in layers for module in self.layers[layer].modules()]
+        stores: list[dict[str, Any]] = [store for m in modules for store in (m._parameters, m._buffers)]
         on_host = [(store, dict(store)) for store in stores]
         try:
             for bank, _ in bases:
@@ -109,51 +115,100 @@ class SparseModel:
             for store, tensors in on_host:
                 store.update(tensors)
 
-    def run_layers(self, batch: Batch, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
-        """The hidden state after layers [start, stop), and after the final norm too when `stop` is the model's end.
+    def run_layers(self, batch: Batch, start: int, stop: int, state: Tensor | None = None, norm: bool = True) -> Tensor:
+        """The state after layers [start, stop), and after the final norm too when `stop` is the model's end.
+
+        Both ends must be among `handover.splits`. The state is the hidden state; in the few families whose layers hand
+        on more than that, all of it in one tensor (see `pack`).
 
         Args:
             batch: B sequences of S tokens.
-            hidden: [B, S, ...], what enters layer `start`; None from the embeddings (start 0).
+            state: [B, S, ...], what enters layer `start`; None from the embeddings (start 0).
+            norm: False stops before the final norm.
 
         Returns:
             [B, S, ...] on the compute device.
         """
-        assert (hidden is None) == (start == 0)
+        assert (state is None) == (start == 0)
         ids = batch.input_ids.to(self.backend.device)
         positions = batch.position_ids.to(self.backend.device)
-        with self._replaced(start, stop, hidden):
+        through = stop == self.num_layers and norm
+        products = {} if state is None else self.unpack(start, state)
+        with self._replaced(start, stop, products, through):
             try:
-                return self.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            except _Stopped as stopped:
-                return stopped.hidden
+                output = self.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            except _Stopped:
+                return self.pack(stop, products)
+        assert through
+        return output
+
+    def pack(self, boundary: int, products: dict[Product, Tensor]) -> Tensor:
+        """What crosses `boundary` as one tensor [B, S, ...]: the one there is, or all features of each token in a row."""
+        tensors = [products[p] for p in self.handover.needed[boundary]]
+        if len(tensors) == 1:
+            return tensors[0]
+        widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+        axes = (p.token_axis for p in self.handover.needed[boundary])
+        flat = [t.movedim(axis, 1).flatten(2).to(widest) for t, axis in zip(tensors, axes, strict=True)]
+        return torch.cat(flat, dim=-1)
+
+    def unpack(self, boundary: int, state: Tensor) -> dict[Product, Tensor]:
+        """The inverse of `pack`. All but the layer's own output come in the compute type."""
+        needed = self.handover.needed[boundary]
+        if len(needed) == 1:
+            return {needed[0]: state}
+        parts = state.split([math.prod(p.features or ()) for p in needed], dim=-1)
+        products = {}
+        for product, part in zip(needed, parts, strict=True):
+            assert product.features is not None
+            whole = part.reshape(*part.shape[:2], *product.features).movedim(1, product.token_axis)
+            own = product.layer == boundary - 1 and product.where in (("out",), ("out", 0))
+            products[product] = whole if own else whole.to(self.backend.compute_dtype)
+        return products
 
     @contextmanager
-    def _replaced(self, start: int, stop: int, hidden: Tensor | None) -> Iterator[None]:
-        def hand_on(*_: Any, **__: Any) -> Tensor:
-            assert hidden is not None
-            return hidden
-
-        def halt(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            raise _Stopped(hidden_states)
-
-        replaced = list(self.layers[:start])
-        for layer in replaced:
-            layer.forward = hand_on
-        if stop < self.num_layers:
-            replaced.append(self.layers[stop])
-            self.layers[stop].forward = halt
+    def _replaced(self, start: int, stop: int, products: dict[Product, Tensor], through: bool) -> Iterator[None]:
+        """Layers below `start` hand on what is in `products`, and what the others make for `stop` is put there."""
+        by_place = {(p.layer, p.where): tensor for p, tensor in products.items()}
+        some = next(iter(by_place.values()), None)  # where nothing needs a layer's output, anything will do
+        for i in range(start):
+            self.layers[i].forward = functools.partial(self._hand_on, i, by_place, some)
+        hooks = []
+        if not through:
+            for i in range(start, stop):
+                kept = [p for p in self.handover.needed[stop] if p.layer == i]
+                keep = functools.partial(_keep, products, kept, i == stop - 1)
+                hooks.append(self.layers[i].register_forward_hook(keep, with_kwargs=True))
         try:
             yield
         finally:
-            for layer in replaced:
+            for layer in self.layers[:start]:
                 del layer.__dict__["forward"]
+            for hook in hooks:
+                hook.remove()
+
+    def _hand_on(
+        self, layer: int, by_place: dict[tuple[int, Path], Tensor], some: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = {"args": args, "kwargs": kwargs}
+        for (of, where), tensor in by_place.items():
+            if of == layer and where[0] != "out":
+                put(given, where, tensor)
+
+        def filled(template: Any) -> Any:
+            if isinstance(template, list):
+                return tuple(filled(part) for part in template)
+            if template is None:
+                return None
+            return by_place.get((layer, template), some if template in (("out",), ("out", 0)) else None)
+
+        return filled(self.handover.returns[layer])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] after the final norm -> [n, vocabulary], by the model's own head (its scalings and caps included)."""
 
-        def hand_on(*_: Any, **__: Any) -> MoeModelOutputWithPast:
-            return MoeModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))
+        def hand_on(*_: Any, **__: Any) -> HandedOn:
+            return HandedOn(last_hidden_state=hidden.unsqueeze(0))
 
         self.decoder.forward = hand_on
         try:
@@ -163,6 +218,22 @@ class SparseModel:
             del self.decoder.__dict__["forward"]
 
 
+def _keep(
+    products: dict[Product, Tensor],
+    kept: list[Product],
+    last: bool,
+    _layer: nn.Module,
+    args: Any,
+    kwargs: Any,
+    out: Any,
+) -> None:
+    """A layer's forward hook: note what it has made; the last one ends the forward."""
+    for product in kept:
+        products[product] = get({"args": args, "kwargs": kwargs, "out": out}, product.where)
+    if last:
+        raise _Stopped
+
+
 def widen_router_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Routers compute in the type of their fp32 master weights, whatever type the layer computes in."""
     weight = module.weight
@@ -170,17 +241,11 @@ def widen_router_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     return tuple(a.to(weight.dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that runs the layers, their name, and they."""
-    name, layers = find_layers(model)
-    return model.get_submodule(name.rpartition(".")[0]), name, layers
-
-
 def find_moe_layers(model: PreTrainedModel, layers_name: str) -> list[MoeLayer]:
     """Experts by transformers' marks, routers by shape: the 2D weight [num_experts, hidden] beside the experts."""
     layers = []
     for name, module in model.named_modules():
-        if is_experts_module(module):
+        if hasattr(module, "up_bank"):
             index = int(name[len(layers_name) + 1 :].split(".")[0])
             up, down = module.up_bank, module.down_bank
             up_name, down_name = projection_names(module)
@@ -201,35 +266,51 @@ def router_path(model: PreTrainedModel, experts_name: str, experts: nn.Module) -
 def find_router(block: nn.Module, experts_name: str, num_experts: int) -> str:
     """The name, inside an MoE block, of the module that owns the router weight."""
     found = [
-        name.rpartition(".")[0]
+        (parameter.shape[0] - num_experts, name.rpartition(".")[0])
         for name, parameter in block.named_parameters()
-        if parameter.ndim == 2 and parameter.shape[0] == num_experts and name.endswith(".weight")
+        if parameter.ndim == 2 and name.endswith(".weight")
         and not name.startswith(f"{experts_name}.") and "shared" not in name
     ]  # fmt: skip
-    if len(found) != 1:
-        matches = ", ".join(found) or "none"
+    # Some routers also know ways past the experts (zaya's skip, inkling's shared ones): a few rows more.
+    for extra in range(1 + MOST_EXTRA_ROWS):
+        matching = [name for more, name in found if more == extra]
+        if matching:
+            break
+    if len(matching) != 1:
+        matches = ", ".join(matching) or "none"
         raise UserError(f"MODEL: the router beside {type(block).__name__}'s experts cannot be told ({matches} of shape "
                         f"[{num_experts}, hidden]); this family is not supported yet")  # fmt: skip
-    return found[0]
+    return matching[0]
 
 
 def build_model(checkpoint: Checkpoint, store: ExpertStore, backend: Backend) -> SparseModel:
     """Banks for experts, dense weights from the checkpoint; nothing is initialised at random or copied twice."""
-    model = checkpoint.model
-    for name, module in list(model.named_modules()):
-        if is_experts_module(module):
-            up, down = projection_names(module)
-            attach_banks(module, store[f"{name}.{up}"], store[f"{name}.{down}"])
+    model, handover = checkpoint.model, checkpoint.handover
+    for name, (up, down) in checkpoint.expert_parameters().items():
+        attach_banks(model.get_submodule(name), store[up], store[down])
+    drop_what_text_never_calls(model, handover)
     dense_hash = load_dense(model, checkpoint, backend)
     model.requires_grad_(False)
     config = {k: v for k, v in json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8")).items()
               if k not in ("transformers_version", "_name_or_path")}  # fmt: skip
     base = fingerprint({"config": config, "dense": dense_hash, "experts": store.content_hash()})
     backend.prepare_model(model)
-    sparse = SparseModel(model, backend, base)
+    sparse = SparseModel(model, backend, base, handover)
     if backend.device.type != "cpu":
         place_shared(sparse)
     return sparse
+
+
+def drop_what_text_never_calls(model: PreTrainedModel, handover: Handover) -> None:
+    """Towers beside the decoder and experts of other modalities: their weights are neither loaded nor left on meta."""
+    decoder = find_decoder(model)[1].rpartition(".")[0]
+    for name, module in list(model.named_modules()):
+        parent = name.rpartition(".")[0]
+        beside = f"{decoder}.".startswith(f"{parent}." if parent else "") and parent != decoder
+        if name and (beside or is_experts_module(module)):
+            within = (name, f"{name}.")
+            if not any(called == within[0] or called.startswith(within[1]) for called in handover.called):
+                setattr(model.get_submodule(parent), name.rpartition(".")[2], nn.Module())
 
 
 def place_shared(sparse: SparseModel) -> None:
@@ -251,7 +332,8 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
     `Backend.held`); routers are fp32 masters (float64 where the model computes in float64); all others, small, are in
     the compute type.
     """
-    routers = {router_path(model, name, m) for name, m in model.named_modules() if is_experts_module(m)}
+    routers = {router_path(model, name, m) for name, m in model.named_modules() if hasattr(m, "up_bank")}
+    called = checkpoint.handover.called
     shapes = {k: v.shape for k, v in model.state_dict().items() if v.is_meta}
     wanted = set(shapes)
     assert not checkpoint.missing(wanted), "the checkpoint's headers were checked when it was opened"
@@ -260,24 +342,26 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
         value = checkpoint.read(name)
         assert value.shape == shapes[name], name
         hashes[name] = hashlib.sha256(tensor_bytes(value)).hexdigest()
-        set_dense(model, name, value, routers, backend)
+        set_dense(model, name, value, routers, called, backend)
     for target, source in model.all_tied_weights_keys.items():
         if target in wanted and target not in checkpoint.sources:
             owner = model.get_submodule(target.rpartition(".")[0])
             owner._parameters[target.rpartition(".")[2]] = model.get_parameter(source)
     initialise_tables(model)
-    freeze_linear(model, routers, backend.compute_dtype)
+    freeze_linear(model, routers, called, backend.compute_dtype)
     return fingerprint(hashes)
 
 
-def set_dense(model: PreTrainedModel, name: str, value: Tensor, routers: set[str], backend: Backend) -> None:
+def set_dense(
+    model: PreTrainedModel, name: str, value: Tensor, routers: set[str], called: frozenset[str], backend: Backend
+) -> None:
     """Put one tensor of the checkpoint in its place, in the type that `load_dense` says."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if value.is_floating_point():
         if attribute in owner._buffers or keeps_fp32(model, name, routers):
             value = value.to(torch.float64 if backend.compute_dtype == torch.float64 else torch.float32)
-        elif type(owner) in (nn.Linear, nn.Embedding) or getattr(owner, "in_stored_type", False):
+        elif (type(owner) in (nn.Linear, nn.Embedding) and owner_name in called) or hasattr(owner, "in_stored_type"):
             value = backend.held(value)
         else:
             value = value.to(backend.compute_dtype)
@@ -299,20 +383,29 @@ def keeps_fp32(model: PreTrainedModel, name: str, routers: set[str]) -> bool:
 def initialise_tables(model: PreTrainedModel) -> None:
     """Buffers that no checkpoint holds (rotary frequencies): transformers computes them, on the CPU."""
     for module in model.modules():
-        # Only the owners of such buffers: _init_weights would draw random weights elsewhere.
-        if module._non_persistent_buffers_set:
-            for name in module._non_persistent_buffers_set:
+        # Only the owners of such buffers, and none of their weights: _init_weights draws those anew.
+        tables = module._non_persistent_buffers_set
+        if tables:
+            stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+            loaded = [{n: t for n, t in store.items() if t is not None and n not in tables} for store in stores]
+            for store, tensors in zip(stores, loaded, strict=True):
+                store.update({n: torch.empty_like(t, device="meta") for n, t in tensors.items()})
+            for name in tables:
                 buffer = module._buffers[name]
                 if buffer is not None and buffer.is_meta:
                     module._buffers[name] = torch.empty_like(buffer, device="cpu")
             model._init_weights(module)
+            for store, tensors in zip(stores, loaded, strict=True):
+                store.update(tensors)
 
 
-def freeze_linear(model: PreTrainedModel, routers: set[str], dtype: torch.dtype) -> None:
-    """Put `FrozenLinear` and `FrozenEmbedding` in the place of plain linear and embedding layers."""
+def freeze_linear(model: PreTrainedModel, routers: set[str], called: frozenset[str], dtype: torch.dtype) -> None:
+    """Put `FrozenLinear` and `FrozenEmbedding` in the place of plain linear and embedding layers that are called; where
+    a family takes the weight itself instead, it stays in the compute type."""
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if f"{parent_name}.{name}".lstrip(".") in routers:
+            full_name = f"{parent_name}.{name}".lstrip(".")
+            if full_name in routers or full_name not in called:
                 continue
             if type(child) is nn.Linear:
                 setattr(parent, name, FrozenLinear(child.weight, child.bias))

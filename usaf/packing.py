@@ -2,71 +2,91 @@
 
 Documents packed into one row are told apart by position ids that restart; most of transformers' decoders turn that
 into a block-diagonal causal mask. Some do not (gpt_oss never hands the position ids to its mask functions), and layers
-with recurrent or linear-attention state take no such mask at all. `keeps_documents_apart` runs the decoder with its
-layers replaced by recorders, on a row of two documents, and looks at the mask that each layer would get.
+with recurrent or linear-attention state, convolutions or compressed tokens look past any such mask.
+`keeps_documents_apart` runs the family's code without its weights (`skeleton`) on a row of two documents: every layer
+must get a mask that hides the first from the second, and an edit of the first must leave the second's states alone.
 """
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from usaf.model import find_decoder
+from usaf.skeleton import find_decoder, skeleton
 
-DOCUMENT = 4  # tokens of each of the two documents of the question
+DOCUMENT = 136
+"""Tokens of each of the two documents of the question: more than a block of 128, which some families compress into one
+entry of the attention."""
+
+MOVED = 1e-4
+"""The part of its size by which a state must change to count as reached: far above rounding."""
 
 
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether every layer gets a mask that hides the first of two packed documents from the second.
+    """Whether nothing of the first of two packed documents reaches the second.
+
+    Of layers that are made alike one is asked.
 
     Args:
         model: on the meta device; it is not changed, and no weights are needed.
     """
-    model = copy.deepcopy(model)
-    decoder, name, layers = find_decoder(model)
-    masks: list[object] = []
+    model = skeleton(model)
+    decoder, _, layers = find_decoder(model)
+    answers: dict[object, Any] = {}  # what a layer is made of, and its mask -> what it returned
 
-    def record(hidden_states: Tensor, *_: Any, attention_mask: object = None, **__: Any) -> Tensor:
-        masks.append(attention_mask)
-        return hidden_states
+    def ask(layer: nn.Module, made_of: object, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        kind = (made_of, id(mask))
+        if kind not in answers:
+            answers[kind] = type(layer).forward(layer, *args, **kwargs)
+            if not hides_first_document(mask) or moved(answers[kind]):
+                raise _Crossed
+        return answers[kind]
 
-    for layer in layers:
-        layer.forward = record
-    materialise_small_parts(model, layers)
-    width = model.config.get_text_config().hidden_size
-    positions = torch.arange(DOCUMENT).repeat(2).unsqueeze(0)
+    for i, layer in enumerate(layers):
+        layer.forward = partial(ask, layer, made_of(layer, i))
+    ids = torch.arange(2 * DOCUMENT).unsqueeze(0) % 11
+    edited = torch.cat((ids[:, :DOCUMENT] + 5, ids[:, DOCUMENT:]), dim=1)
+    positions = torch.arange(DOCUMENT).repeat(2).expand(2, -1)
     try:
         with torch.no_grad():
-            decoder(inputs_embeds=torch.zeros(1, 2 * DOCUMENT, width), position_ids=positions, use_cache=False)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
-        return (
-            False  # a decoder that wants more than embeddings and positions cannot be asked; one document a row is safe
-        )
-    return len(masks) == len(layers) and all(hides_first_document(mask) for mask in masks)
+            decoder(input_ids=torch.cat((ids, edited)), position_ids=positions, use_cache=False)
+    except _Crossed:
+        return False
+    return True
+
+
+class _Crossed(Exception):
+    """One layer sees the first document from the second: there is nothing more to ask."""
+
+
+def made_of(layer: nn.Module, index: int) -> tuple[object, ...]:
+    """Equal for layers that are the same but for their number, `index`."""
+    parts = []
+    for name, module in layer.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple)) and v != index}
+        shapes = {
+            k: tuple(p.shape) for k, p in (*module._parameters.items(), *module._buffers.items()) if p is not None
+        }
+        parts.append((name, type(module), repr(sorted(plain.items())), repr(sorted(shapes.items()))))
+    return tuple(parts)
+
+
+def moved(out: Any) -> bool:
+    """Whether the second document's states differ between the row and the row whose first document was edited."""
+    state = out if isinstance(out, Tensor) else out[0]
+    row, edited = state[:, DOCUMENT:]
+    return not bool((row - edited).abs().max() <= MOVED * row.abs().max())
 
 
 def hides_first_document(mask: object) -> bool:
-    """A [1, 1, 8, 8] mask, boolean (True = seen) or additive, that hides all of the first document from the second."""
+    """A [B, 1, n, n] mask of two documents, boolean (True = seen) or additive, that hides all of the first from the
+    second."""
     if not isinstance(mask, Tensor) or mask.shape[-2:] != (2 * DOCUMENT, 2 * DOCUMENT):
         return False
     crossing = mask[..., DOCUMENT:, :DOCUMENT]
     return not bool(crossing.any()) if mask.dtype == torch.bool else bool((crossing < -1e4).all())
-
-
-def materialise_small_parts(model: PreTrainedModel, layers: nn.ModuleList) -> None:
-    """Norms as zeros and rotary tables as they are, on the host; layers and embeddings stay on meta."""
-    inside = {id(module) for module in layers.modules()}
-    for module in model.modules():
-        if id(module) in inside or isinstance(module, (nn.Embedding, nn.Linear)):
-            continue
-        for store in (module._parameters, module._buffers):
-            for key, tensor in store.items():
-                if tensor is not None and tensor.is_meta:
-                    value = torch.zeros_like(tensor, device="cpu")
-                    store[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value  # type: ignore
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)

@@ -106,7 +106,7 @@ class BoundaryStates:
         return []
 
     def _stretch(self, chunks: list[int]) -> tuple[list[int], list[int]]:
-        width = self.model.config.get_text_config().hidden_size * 4
+        width = self.model.handover.width(self.start) * 4
         total = 0
         for i, c in enumerate(chunks):
             total += len(self.chunks[c]) * max(self.rows.length(r) for r in self.chunks[c]) * width
@@ -119,13 +119,13 @@ class BoundaryStates:
         """chunk -> row -> [length, ...], rounded, on the host; layer-major over the given chunks."""
         batches = {c: self.rows.batch(self.chunks[c]) for c in chunks}
         states: dict[int, Tensor] = {}
-        for layer in range(self.start):
-            with self.model.placed(layer):
+        for first, end in self.model.handover.segments(0, self.start):
+            with self.model.placed(first, end):
                 for c, batch in batches.items():
-                    hidden = states[c].to(self.model.backend.device) if layer else None
-                    states[c] = self.model.run_layers(batch, layer, layer + 1, hidden).cpu()
+                    hidden = states[c].to(self.model.backend.device) if first else None
+                    states[c] = self.model.run_layers(batch, first, end, hidden).cpu()
                     if progress is not None:
-                        progress(sum(batch.lengths))
+                        progress((end - first) * sum(batch.lengths))
         self.tokens_computed += sum(sum(b.lengths) for b in batches.values())
         return {c: self._rounded(c, states.pop(c), batches[c].lengths) for c in chunks}
 

@@ -226,15 +226,22 @@ def open_quantised(checkpoint: Checkpoint, values: Settings) -> ExpertStore | No
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
     layers = checkpoint.num_layers()
     start = settings.values.train_from
+    cuts = checkpoint.handover.splits[:-1]
     if start is None:
-        start = layers - max(1, layers // 6)
+        start = max(cut for cut in cuts if cut <= layers - max(1, layers // 6))
         settings = settings.replace("default", train_from=start)
     if start >= layers:
         raise UserError(f"TRAIN_FROM={start}: the model has {layers} layers, counted from 0; choose 0 to {layers - 1}")
-    moe_layers = {int(part) for name in checkpoint.expert_parameters() for part in name.split(".") if part.isdigit()}
+    moe_layers = checkpoint.moe_layers()
     if not any(layer >= start for layer in moe_layers):
         raise UserError(f"TRAIN_FROM={start}: no MoE layer at or above it (they are {min(moe_layers)} to "
                         f"{max(moe_layers)}); choose at most {max(moe_layers)}")  # fmt: skip
+    if start not in cuts:
+        below, *above = max(c for c in cuts if c < start), *(c for c in cuts if c > start)
+        choice = f"{below} or {above[0]}" if above else f"{below}"
+        raise UserError(f"TRAIN_FROM={start}: in this family layer {start} goes on with what an earlier layer computed "
+                        f"for both (such as the tokens to attend to), so they train together; choose {choice}"
+                        )  # fmt: skip
     return settings
 
 
