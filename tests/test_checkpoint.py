@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 import transformers
 from families import COMMON, FAMILIES, random_model, write_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, core_model_loading
 
 from usaf import checkpoint as checkpoint_module
 from usaf.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, resolve_model
@@ -97,6 +98,100 @@ def test_one_expert_is_read_from_its_own_tensors_alone(
     (name, (up, _)), *_ = checkpoint.expert_parameters().items()
     checkpoint.read_expert(up, 5, 8)
     assert sorted(read) == [f"{name}.5.gate_proj.weight", f"{name}.5.up_proj.weight"]
+
+
+FUSED: dict[str, list[Any]] = {
+    "rows interleaved": [("Interleave", {"dim": 1})],
+    "turned": [("Transpose", {"dim0": 1, "dim1": 2})],
+    "turned where it does not fit": [("Transpose", {"dim0": 1, "dim1": 2, "check_dims": True})],
+    "experts reordered": [("Interleave", {"dim": 0})],
+}
+
+
+@pytest.mark.parametrize("what", FUSED)
+def test_one_expert_of_a_fused_source_is_read_through_its_converter(
+    folders: Callable[..., Path], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Inkling, Qwen3-VL-MoE and Nemotron's speech models need; only one that mixes experts reads them all."""
+    operations = []
+    for name, arguments in FUSED[what]:
+        if not hasattr(core_model_loading, name):
+            pytest.skip(f"this transformers has no {name}")
+        operations.append(getattr(core_model_loading, name)(**arguments))
+    checkpoint = Checkpoint(folders("gpt_oss"))
+    target = "model.layers.1.mlp.experts.gate_up_proj"  # [4, 64, 96], square it is not
+    checkpoint.sources[target].converter = core_model_loading.WeightConverter(
+        "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", operations=operations
+    )
+    checkpoint.sources[target].keys = [(target, "mlp.experts.gate_up_proj")]
+    whole = checkpoint.read(target)
+    assert torch.equal(whole, checkpoint.tensor(target)) == ("fit" in what)
+    read: list[int] = []
+    original = TensorFile._read
+    monkeypatch.setattr(
+        TensorFile, "_read", lambda self, start, shape, dtype: (read.append(math.prod(shape)),
+                                                                original(self, start, shape, dtype))[1]
+    )  # fmt: skip
+    for e in range(4):
+        read.clear()
+        assert torch.equal(checkpoint.read_expert(target, e, 4), whole[e])
+        assert sum(read) == (whole.numel() if what == "experts reordered" else whole[e].numel())
+
+
+def test_two_fused_tensors_are_joined_an_expert_at_a_time(folders: Callable[..., Path]) -> None:
+    """As Step-3.7 stores gates and ups: a fused tensor of each."""
+    checkpoint = Checkpoint(folders("gpt_oss"))
+    target, other = (f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in (1, 2))
+    checkpoint.sources[target].converter = core_model_loading.WeightConverter(
+        ["a", "b"], "mlp.experts.gate_up_proj", operations=[core_model_loading.Concatenate(dim=1)]
+    )
+    checkpoint.sources[target].keys = [(target, "a"), (other, "b")]
+    whole = torch.cat([checkpoint.tensor(target), checkpoint.tensor(other)], dim=1)
+    for e in range(4):
+        assert torch.equal(checkpoint.read_expert(target, e, 4), whole[e])
+
+
+@pytest.mark.parametrize("shard", ["1GB", "40KB"], ids=["one file", "sharded"])
+def test_experts_may_be_fused_where_their_family_has_them_apart(
+    folders: Callable[..., Path], tmp_path: Path, shard: str
+) -> None:
+    """Named as the model's own parameters, as some tools save them; read an expert at a time."""
+    apart, folder = Checkpoint(folders()), tmp_path / "model"
+    model = random_model("qwen3_moe").to(torch.bfloat16)
+    model.config.save_pretrained(folder)
+    torch_state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if shard == "1GB":
+        save_file(torch_state, folder / SINGLE_NAME, metadata={"format": "pt"})
+    else:
+        names = sorted(torch_state)
+        where = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(names)}
+        for file in set(where.values()):
+            save_file({n: torch_state[n] for n in names if where[n] == file}, folder / file)
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": where}), encoding="utf-8")
+    fused = Checkpoint(folder)
+    assert not fused.unexpected
+    assert set(fused.sources) == set(apart.sources)
+    for target, source in fused.sources.items():
+        assert source.converter is None
+        assert torch.equal(fused.read(target), apart.read(target))
+    for pair in fused.expert_parameters().values():
+        for target in pair:
+            assert torch.equal(fused.read_expert(target, 5, 8), apart.read_expert(target, 5, 8))
+
+
+def test_tied_embeddings_in_shards_with_extra_heads(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """All at once: shards, tied embeddings, and a layer of multi-token prediction that the class does not know."""
+    folder = Path(shutil.copytree(folders(shard="40KB", tie_word_embeddings=True), tmp_path / "model"))
+    extra = {"model.layers.4.mlp.experts.0.up_proj.weight": torch.ones(48, 64).bfloat16(), "mtp.norm": torch.ones(64)}
+    save_file(extra, folder / "mtp.safetensors", metadata={"format": "pt"})
+    weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+    edit_json(folder / INDEX_NAME, weight_map={**weight_map, **dict.fromkeys(extra, "mtp.safetensors")})
+    checkpoint = Checkpoint(folder)
+    assert sorted(checkpoint.unexpected) == sorted(extra)
+    assert not checkpoint.missing(checkpoint.model.state_dict())
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    for target in checkpoint.sources:
+        assert torch.equal(checkpoint.read(target), reference[target]), target
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -263,7 +358,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "quantised": (
         lambda p: edit_json(p, quantization_config={"quant_method": "gptq", "bits": 4}),
-        "config.json: quantization_config says GPTQ int4, which cannot be read; use this model in 16 bits, FP8",
+        r"config.json: quantization_config says gptq \(GPTQ, int4\), which cannot be read; use this model",
     ),
     "other experts": (
         lambda p: edit_json(p, num_experts=4, num_local_experts=4),  # the name in the file depends on transformers

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from families import write_checkpoint
+from source_checkpoints import to_mxfp4
 
 from usaf import expert_store
 from usaf.checkpoint import Checkpoint
@@ -39,13 +40,14 @@ def test_makes_the_file_beside_the_model_and_reports(
     figures = json.loads((tmp_path / "out" / "q.json").read_text(encoding="utf-8"))
     assert set(figures) == {
         "path", "file_bytes", "expert_parameters", "bits_per_weight", "bits_per_code", "group_size_weights",
-        "seconds_total", "peak_memory_bytes", "peak_resident_bytes",
+        "seconds_total", "peak_memory_bytes", "peak_resident_bytes", "expert_parameters_as_stored",
     }  # fmt: skip
     assert figures["path"] == str(folder / FILE_NAME)
     assert figures["file_bytes"] == size
     assert figures["expert_parameters"] == WEIGHTS
     assert figures["bits_per_weight"] == pytest.approx(8 * size / WEIGHTS)
     assert figures["bits_per_code"] == 4
+    assert figures["expert_parameters_as_stored"] == 0
     assert figures["group_size_weights"] == 32
     assert 1e7 < figures["peak_memory_bytes"] < 1e11
     out, err = capsys.readouterr()
@@ -53,6 +55,14 @@ def test_makes_the_file_beside_the_model_and_reports(
     assert "32/32" in err or "32.0/32.0" in err  # the bar: two projections of eight experts in two layers
     store = open_or_make(Checkpoint(folder), None, 32, 4, lambda *_: pytest.fail("made again"))
     assert {(entry.group_size, entry.bits) for entry in store.entries.values()} == {(32, 4)}
+
+
+def test_experts_in_four_bits_are_said_to_be_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = to_mxfp4(write_checkpoint(tmp_path / "model", "gpt_oss", num_hidden_layers=2, intermediate_size=64))
+    assert main([str(folder), "--json", str(tmp_path / "q.json")]) == 0
+    assert "in 4 bits are used as they are (mxfp4 in groups of 32)" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "q.json").read_text(encoding="utf-8"))
+    assert figures["expert_parameters_as_stored"] == figures["expert_parameters"] == 2 * 4 * (128 * 64 + 64 * 64)
 
 
 def test_output_and_bits(folder: Path, tmp_path: Path) -> None:

@@ -415,8 +415,8 @@ def set_config(folder: Path, quantization: Any, inside: str | None = None) -> No
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "awq": ({"quant_method": "awq", "bits": 4}, "says AWQ int4"),
-    "gptq": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "says GPTQ int4"),
+    "awq": ({"quant_method": "awq", "bits": 4}, r"says awq \(AWQ, int4\)"),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, r"says gptq \(GPTQ"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "says bitsandbytes"),
     "nothing": ({}, "says unknown"),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "says modelopt NVFP4"),
@@ -466,7 +466,7 @@ def test_a_quantisation_in_the_text_part_is_found(tmp_path: Path) -> None:
 
     text = AutoConfig.for_model("qwen3_moe")
     text.quantization_config = {"quant_method": "awq"}
-    with pytest.raises(UserError, match="says AWQ"):
+    with pytest.raises(UserError, match="says awq"):
         read_quantization(Wrapper(), tmp_path / "config.json")
     text.quantization_config = compressed_config(int4_args(32), "pack-quantized")
     found = read_quantization(Wrapper(), tmp_path / "config.json")

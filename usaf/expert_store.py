@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from usaf import __version__
 from usaf.checkpoint import Checkpoint
@@ -28,10 +27,11 @@ from usaf.errors import UserError
 from usaf.files import hash_file, require_space, require_writable
 from usaf.partial import allocated_bytes, continued, partial_path, steps_done
 from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
-from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFileWriter, layout, one_line
+from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout, one_line
 
 FILE_NAME, LEGACY_NAME = "experts_q4.safetensors", "experts_q4.pt"
 FORMAT = "usaf-experts-2"
+PARTS = ("packed", "scale", "offset")
 
 Progress = Callable[[int, int, str], None]
 """Called with (experts done, experts in all, what is being done)."""
@@ -112,6 +112,10 @@ def convert(checkpoint: Checkpoint, path: Path, group_size: int, bits: int, prog
     specs = tensor_specs(shapes, encodings)
     metadata = {"format": FORMAT, "source": checkpoint.sampled_fingerprint(),
                 "entries": json.dumps({t: entry_metadata(encodings[t], shapes[t]) for t in shapes})}  # fmt: skip
+    as_stored = sorted({(e.name, e.group_size) for e in encodings.values() if e.name != "hqq"})
+    if as_stored:
+        kinds = ", ".join(f"{name} in groups of {size}" for name, size in as_stored)
+        say(f"experts that the checkpoint holds in 4 bits are used as they are ({kinds})")
     head, _, size = layout(specs, metadata)
     identity = hashlib.sha256(head + __version__.encode()).hexdigest()
     total = sum(shape[0] for shape in shapes.values())
@@ -202,24 +206,15 @@ def read_store(path: Path) -> ExpertStore:
     """Map a 4-bit file of ours, or read the earlier tool's."""
     if path.suffix == ".pt":
         return _read_legacy(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path}: is a safetensors file but not of 4-bit experts ({FORMAT}); set QUANT_PATH to "
-                                "one that `python -m usaf.quantize` made, or delete it, and it is made anew"
-                                )  # fmt: skip
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({one_line(error)}); delete it, and it is made anew"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check its rights, or set QUANT_PATH") from None
+    file = TensorFile(path, "delete it, and it is made anew")
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: is a safetensors file but not of 4-bit experts ({FORMAT}); set QUANT_PATH to one "
+                        "that `python -m usaf.quantize` made, or delete it, and it is made anew")  # fmt: skip
     entries, quantized = {}, set()
     for target, said in json.loads(metadata["entries"]).items():
         encoding = read_encoding(said)
-        parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == target}
+        parts = {p: file.map(f"{target}.{p}") for p in PARTS if f"{target}.{p}" in file.entries}
         experts, rows = parts["packed"].shape[:2]
         entries[target] = encoding.of(parts, (experts, rows, said["in_features"]))
         if encoding.name == "hqq":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quantize_command(arguments: argparse.Namespace) -> int:
     from usaf.checkpoint import Checkpoint, resolve_model
-    from usaf.expert_store import convert, find_path, shapes_of
+    from usaf.expert_store import convert, find_path, read_store, shapes_of
     from usaf.files import require_writable, write_json
     from usaf.memory import PeakMemory
 
@@ -47,13 +48,15 @@ def quantize_command(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path}: is there already; delete it, or give another --output")
     convert(checkpoint, path, arguments.group_size, arguments.bits, LateBar("quantise", "expert"), "--output")
     memory.stop()
-    weights = sum(experts * rows * columns for experts, rows, columns in shapes_of(checkpoint).values())
+    counts = {name: math.prod(shape) for name, shape in shapes_of(checkpoint).items()}
+    weights, store = sum(counts.values()), read_store(path)
     size = path.stat().st_size
     say(f"{path}: {weights:,} expert weights in {size / 1e9:.3f} GB, {8 * size / weights:.2f} bits a weight")
     if arguments.json is not None:
         write_json(arguments.json, {
             "path": str(path), "file_bytes": size, "expert_parameters": weights, "bits_per_weight": 8 * size / weights,
             "bits_per_code": arguments.bits, "group_size_weights": arguments.group_size,
+            "expert_parameters_as_stored": sum(n for name, n in counts.items() if name not in store.quantized),
             "seconds_total": time.perf_counter() - began, "peak_memory_bytes": memory.private,
             "peak_resident_bytes": memory.resident,
         })  # fmt: skip

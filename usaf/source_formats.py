@@ -54,9 +54,8 @@ SCALE_NAMES = ("scale", "qscale_weight")
 IGNORED_NAMES = ("activation_scale", "input_scale", "input_scale_ub", "qscale_act", "input_zero_point")
 # What else a `quantization_config` may say, for the line that refuses it.
 OTHER_METHODS = {
-    "awq": "AWQ int4", "gptq": "GPTQ int4", "bitsandbytes": "bitsandbytes", "hqq": "HQQ", "quanto": "quanto",
-    "torchao": "torchao", "eetq": "EETQ int8", "aqlm": "AQLM", "vptq": "VPTQ", "higgs": "HIGGS", "spqr": "SpQR",
-    "bitnet": "BitNet", "auto-round": "AutoRound", "fp_quant": "FP-Quant", "quark": "Quark", "gguf": "GGUF",
+    "awq": "AWQ, int4", "gptq": "GPTQ, int4", "bitsandbytes": "8 or 4 bits", "hqq": "HQQ of transformers",
+    "eetq": "EETQ, int8", "aqlm": "additive codes", "vptq": "vector codes", "auto-round": "AutoRound, int4",
 }  # fmt: skip
 
 
@@ -92,7 +91,7 @@ def read_quantization(config: Any, path: Path) -> Quantization | None:
         if str(said.get("quant_algo")).upper() != "FP8":
             raise unsupported(path, f"modelopt {said.get('quant_algo')}")
     elif method not in ("fp8", "fbgemm-fp8", "mxfp4"):
-        raise unsupported(path, OTHER_METHODS.get(method, method))
+        raise unsupported(path, f"{method} ({OTHER_METHODS[method]})" if method in OTHER_METHODS else method)
     block = said.get("weight_block_size")
     return Quantization(
         method,

@@ -3,7 +3,8 @@
 The library maps a file, and every page that was touched counts as the process's memory until the mapping goes; a 60 GB
 checkpoint would pass through it whole. Here each read opens the file, takes the bytes it wants and closes it again: the
 memory is that of the tensor, and no handle keeps a file from being replaced on Windows. Bytes are also readable as they
-are, in types that torch does not have, which is how an export copies what it does not change.
+are, in types that torch does not have, which is how an export copies what it does not change. What is used again and
+again (the 4-bit experts) is mapped for reading only.
 
 Format: https://github.com/huggingface/safetensors, 8 bytes of header length (little endian), JSON, the data without
 holes.
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,18 +59,19 @@ class TensorFile:
         UserError: it is missing, cannot be read, or is not a whole safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, remedy: str = "download it again") -> None:
+        self.path, self.remedy = path, remedy
+        self._mapped: mmap.mmap | None = None
         try:
-            with safe_open(path, "pt"):
-                pass  # the library checks the header, and that the data are all there
+            with safe_open(path, "np"):  # for torch the library maps it writable: refused where it exceeds the memory
+                pass  # the header is checked, and that the data are all there
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header: dict[str, Any] = json.loads(file.read(length))
         except FileNotFoundError:
-            raise UserError(f"{path}: this file of the checkpoint is missing; download it again") from None
+            raise UserError(f"{path}: this file of the checkpoint is missing; {remedy}") from None
         except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from None
+            raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); {remedy}") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({one_line(error)}); check its rights") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
@@ -96,6 +100,21 @@ class TensorFile:
         assert 0 <= first <= end <= entry.shape[0]
         row_bytes = entry.nbytes // entry.shape[0]
         return self._read(entry.start + first * row_bytes, (end - first, *entry.shape[1:]), self.dtype(name))
+
+    def map(self, name: str) -> Tensor:
+        """The whole tensor as a view of the mapped file, not to be written to: its pages are the system's cache. The
+        mapping lasts as long as any such tensor; a writable one would be counted as memory of the process."""
+        entry = self.entries[name]
+        if self._mapped is None:
+            with open(self.path, "rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = math.prod(entry.shape)
+        if count == 0:
+            return torch.empty(entry.shape, dtype=self.dtype(name))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(self._mapped, dtype=self.dtype(name), count=count, offset=entry.start)
+        return flat.reshape(entry.shape)
 
     def read_bytes(self, name: str, first: int = 0, end: int | None = None) -> Tensor:
         """uint8, [..., bytes of a row]: entries [first, end) of the first dimension as they are in the file. For types
