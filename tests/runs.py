@@ -17,6 +17,7 @@ import torch
 from families import write_checkpoint, write_tokens
 from safetensors import safe_open
 
+from usaf.expert_store import FILE_NAME
 from usaf.run import RunFolder
 from usaf.train import main
 
@@ -71,6 +72,21 @@ def read_json(path: Path) -> Any:
         raise AssertionError(f"{path}: {constant} is not JSON")
 
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def raw_tensors(folder: Path) -> dict[str, tuple[str, str, bytes]]:
+    """Tensor -> (shard, type, bytes), read by hand."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == FILE_NAME:
+            continue
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = path.name, entry["dtype"], data[start + begin : start + end]
+    return found
 
 
 def delta_tensors(folder: Path) -> dict[str, torch.Tensor]:

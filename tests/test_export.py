@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from families import FAMILIES, build, random_batch, tiny_config, write_checkpoint
-from runs import World, read_json
+from runs import World, raw_tensors, read_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -178,21 +178,6 @@ def test_onto_the_dequantized_base(run_of: Callable[..., Run], family: str, tmp_
         hidden = model.run_layers(batch, 0, model.num_layers)
         ours = model.logits(hidden.reshape(-1, hidden.shape[-1])).view_as(theirs)
     assert float((ours - theirs).abs().max()) < 1e-5
-
-
-def raw_tensors(folder: Path) -> dict[str, tuple[str, str, bytes]]:
-    """Tensor -> (shard, type, bytes), read by hand."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if path.name == FILE_NAME:
-            continue
-        data = path.read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8:start]).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                found[name] = path.name, entry["dtype"], data[start + begin : start + end]
-    return found
 
 
 @pytest.mark.parametrize("shard", ["1GB", "40KB"], ids=["one file", "sharded"])

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from runs import World, read_json
+from runs import World, raw_tensors, read_json
 from source_checkpoints import to_fp8, to_fp8_channels, to_int4, to_mxfp4
-from test_export import SHORT, Run, deltas, export, raw_tensors, routers
+from test_export import SHORT, Run, deltas, export, routers
 from test_source_formats import config_class
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,13 +20,14 @@ import torch.nn.functional as F
 import transformers
 from all_families import FAMILIES, VOCAB, WRAPPERS, class_of, tiny_config, write_checkpoint
 from families import activate, base_into, build, random_batch, write_tokens
-from runs import events, read_json
+from runs import events, raw_tensors, read_json
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from usaf import evaluate, train
+from usaf import evaluate, export, train
 from usaf.checkpoint import Checkpoint
 from usaf.data import NO_TARGET
+from usaf.delta import load_delta
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import SparseModel
 from usaf.packing import keeps_documents_apart
@@ -44,11 +45,6 @@ SETTINGS = {
     "RESELECT_UNTIL": 1, "IMPORTANCE_SAMPLES": 4, "EVAL_SAMPLES": 3, "EVAL_EVERY": STEPS, "SAVE_EVERY": STEPS,
     "PREFIX_CHUNK_TOKENS": 100, "USE_CUDA": 0, "CPU_THREADS": 1,
 }  # fmt: skip
-
-
-export_and_reload: Callable[[Path, Path, Path], None] | None = None
-"""The place of export's check, for the command that is to come: (checkpoint, delta, a folder to write to); it raises
-unless transformers loads what was written and computes what the trained model does."""
 
 
 @dataclass
@@ -88,9 +84,8 @@ def test_from_a_saved_checkpoint_to_a_delta(family: str, tmp_path: Path) -> None
         documents_apart(folder, reference, record)
         delta = trained(folder, tmp_path, record)
         read_again(delta, tmp_path, record)
-        if export_and_reload is not None:
-            export_and_reload(folder, delta, tmp_path)
-            record.checked.append("export")
+        exported_as_trained(folder, delta, tmp_path, record)
+        exported_as_stored(folder, delta, tmp_path, record)
 
 
 def reference_of(folder: Path) -> PreTrainedModel:
@@ -235,6 +230,54 @@ def read_again(delta: Path, tmp_path: Path, record: Record) -> None:
     found = {e["name"]: e["loss"] for e in read_json(tmp_path / "figures.json")["evaluations"]}
     assert found == {e["name"]: e["loss"] for e in events(delta.parent, "eval") if e["step"] == STEPS}
     record.checked.append("reload")
+
+
+def exported(delta: Path, output: Path, *flags: str) -> Path:
+    assert export.main(["--delta", str(delta), "--output", str(output), "--no-evaluate", *flags]) == 0
+    return output
+
+
+def exported_as_trained(folder: Path, delta: Path, tmp_path: Path, record: Record) -> None:
+    """Onto the dequantised base: transformers loads the folder and computes what the trained model does."""
+    output = exported(delta, tmp_path / "as trained", "--base", "dequantized", "--dtype", "fp32")
+    model, result = build(folder), load_delta(delta)
+    for moe in model.moe:
+        for name, bank in zip(moe.names, moe.banks, strict=True):
+            if name in result.experts:
+                bank.set_active(*result.experts[name])
+        if moe.router_name in result.routers:
+            moe.router_weight.data.copy_(result.routers[moe.router_name])
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(model), reference_of(output)(**RAW).logits, rtol=1e-5, atol=2e-6)
+
+
+def exported_as_stored(folder: Path, delta: Path, tmp_path: Path, record: Record) -> None:
+    """Onto the original weights: names, types and all bytes but those of trained experts and routers are the source's,
+    and what transformers loads differs at active weights alone, by their deltas."""
+    output = exported(delta, tmp_path / "as stored")
+    before, after = raw_tensors(folder), raw_tensors(output)
+    assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
+    result, checkpoint = load_delta(delta), Checkpoint(folder)
+    old, new = (dict(reference_of(f).state_dict()) for f in (folder, output))
+    changed = 0
+    for name in old:
+        if name in result.experts:
+            (indices, values), transposed = result.experts[name], checkpoint_transposed(checkpoint, name)
+            base, now = (w[name].transpose(1, 2).flatten() if transposed else w[name].flatten() for w in (old, new))
+            expected = base.clone()
+            expected[indices] = (base[indices] + values).to(torch.bfloat16).float()
+            assert torch.equal(now, expected), name
+            changed += int((now != base).sum())
+        elif name in result.routers:
+            assert torch.equal(new[name], result.routers[name].to(torch.bfloat16).float()), name
+        else:
+            assert torch.equal(new[name], old[name]), name
+    assert changed > 0
+    record.checked.append("export")
+
+
+def checkpoint_transposed(checkpoint: Checkpoint, target: str) -> bool:
+    return bool(checkpoint.model.get_submodule(target.rpartition(".")[0]).is_transposed)
 
 
 def test_representative_families_are_known() -> None:
