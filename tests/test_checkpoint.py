@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from all_families import write_checkpoint as write_family
 from families import COMMON, FAMILIES, random_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, core_model_loading
@@ -98,6 +99,25 @@ def test_one_expert_is_read_from_its_own_tensors_alone(
     (name, (up, _)), *_ = checkpoint.expert_parameters().items()
     checkpoint.read_expert(up, 5, 8)
     assert sorted(read) == [f"{name}.5.gate_proj.weight", f"{name}.5.up_proj.weight"]
+
+
+def test_experts_of_several_parameters_in_one_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ERNIE-4.5-VL: the experts of vision follow those of text, and are not read for these."""
+    if not hasattr(transformers, "Ernie4_5_VLMoeConfig"):
+        pytest.skip("this transformers does not know the family")
+    checkpoint = Checkpoint(write_family(tmp_path / "model", "ernie4_5_vl_moe"))
+    (up, down), *_ = checkpoint.expert_parameters().values()
+    assert "text_moe" in up
+    wholes = {target: checkpoint.read(target) for target in (up, down)}
+    monkeypatch.setattr(checkpoint, "read", lambda _: pytest.fail("read whole"))
+    seen: list[str] = []
+    read = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, key: (seen.append(key), read(self, key))[1])
+    for target, whole in wholes.items():
+        for e in range(len(whole)):
+            seen.clear()
+            assert torch.equal(checkpoint.read_expert(target, e, len(whole)), whole[e])
+            assert len(seen) == (2 if target == up else 1)
 
 
 FUSED: dict[str, list[Any]] = {

@@ -112,6 +112,7 @@ class Checkpoint:
         self.config, self.quantization = read_config(folder)
         self.shards = read_index(folder)
         self.raw = Shards(folder, self.shards)
+        self._sharing: dict[str, bool] = {}  # leading parameter -> what `_shares_its_lists` has found
         self._whole: tuple[str, Tensor] | None = None  # the last parameter that could not be read an expert at a time
         self._check_shards()
         self.stored = logical_tensors(self.raw, self.quantization)
@@ -226,9 +227,35 @@ class Checkpoint:
         source = self.sources[target]
         if source.experts_apart:
             return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
+        if self._shares_its_lists(target, num_experts):
+            first = self._made_together(target).index(target) * num_experts
+            lists = self._by_pattern(target, num_experts).items()
+            return [Piece(keys[first + e], pattern, None) for pattern, keys in lists]
         if not expert_by_expert(source.converter):
             return None
         return [Piece(key, pattern, self._rows_of_expert(key, e, num_experts)) for key, pattern in source.keys]
+
+    def _made_together(self, target: str) -> list[str]:
+        """The parameters that the converter of `target` makes of the same tensors, itself included."""
+        source = self.sources[target]
+        return targets_of(source.converter, source.lead)
+
+    def _shares_its_lists(self, target: str, num_experts: int) -> bool:
+        """Whether the converter cuts lists of experts' tensors into those of several parameters, one after another's.
+
+        As ERNIE-4.5-VL's does: experts of text, then of vision. Asked of the converter by tensors that hold a number.
+        """
+        source, made = self.sources[target], self._made_together(target)
+        lists = list(self._by_pattern(target, num_experts).values())
+        if len(made) == 1 or any(len(keys) != len(made) * num_experts for keys in lists):
+            return False
+        if source.lead not in self._sharing:
+            number = {key: i for i, (key, _) in enumerate(source.keys)}
+            found = self._assemble(target, source.keys, lambda key: torch.full((1, 1), number[key]))
+            first = made.index(target) * num_experts
+            expected = [sorted(number[keys[first + e]] for keys in lists) for e in range(num_experts)]
+            self._sharing[source.lead] = [sorted(expert.flatten().tolist()) for expert in found] == expected
+        return self._sharing[source.lead]
 
     def _rows_of_expert(self, key: str, e: int, num_experts: int) -> tuple[int, int]:
         """Of a tensor that holds all experts, one after another: the entries of its first dimension that are e's."""
@@ -316,9 +343,12 @@ class Checkpoint:
         if converter is None:
             return read(next(iter(keys))[0])
         lead = self.sources[target].lead
+        # Of a list that is cut into several parameters' experts, one expert alone stands for that of each.
+        copies = len(self._made_together(target)) if experts is not None and self._sharing.get(lead) else 1
         for key, pattern in keys:
             tensor: Any = read(key)  # (declared as a future of one)
-            converter.add_tensor(lead, key, pattern, tensor)
+            for _ in range(copies):
+                converter.add_tensor(lead, key, pattern, tensor)
         model: Any = self.model if experts is None else _OneExpert(self.model, self.shapes, experts)
         value = converter.convert(lead, model=model, config=self.model.config)[target]
         return value[0] if isinstance(value, list) else value
