@@ -23,7 +23,7 @@ import torch
 from usaf import __version__
 from usaf.checkpoint import Checkpoint
 from usaf.console import say
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 from usaf.files import hash_file, require_space, require_writable
 from usaf.partial import allocated_bytes, continued, partial_path, steps_done
 from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
@@ -160,6 +160,8 @@ def read_quantized(checkpoint: Checkpoint, name: str, target: str, e: int, encod
         transposed = checkpoint.model.get_submodule(name).is_transposed
         weight = (weight.t() if transposed else weight).contiguous().unsqueeze(0)
         return quantize(weight, encoding.group_size, encoding.bits)
+    except RunError:
+        raise
     except UserError as error:
         raise UserError(f"{checkpoint.folder}: {target}, expert {e}: {error}") from None
 

@@ -119,7 +119,7 @@ def continued(path: Path, identity: str, size_bytes: int) -> Iterator[Partial | 
         raise
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise RunError(f"{path}: the disk is full ({error.strerror or error}); what is done is kept in "
+            raise RunError(f"{path}: the disk takes no more ({error.strerror or error}); what is done is kept in "
                            f"{partial_path(path).name}: free some space, and the same command goes on from there"
                            ) from error  # fmt: skip
         raise UserError(f"{path}: could not be written ({error.strerror or error}); check the rights of {path.parent}"
