@@ -100,13 +100,18 @@ def int4_args(group_size: int, symmetric: bool = True) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pack_words(codes: Tensor) -> Tensor:
+    """[rows, columns] of -8 to 7 -> int32 [rows, ceil(columns / 8)]: the nibble is code + 8, the lowest comes first."""
+    padded = torch.nn.functional.pad(codes.to(torch.int64) + 8, (0, -codes.shape[1] % 8))
+    words = (padded.reshape(len(codes), -1, 8) * 16 ** torch.arange(8)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
 def to_int4(
     folder: Path, group_size: int = 32, symmetric: bool = True, scale_type: torch.dtype = torch.bfloat16,
     only: re.Pattern[str] = EXPERT,
 ) -> Path:  # fmt: skip
     """Experts in compressed-tensors' pack-quantized form, as Kimi K2 is published. group_size -1: a scale a row."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     draw = torch.Generator().manual_seed(7)
 
     def change(name: str, tensor: Tensor) -> Tensors:
@@ -116,13 +121,13 @@ def to_int4(
         groups = 1 if group_size < 0 else -(-columns // group_size)
         codes = torch.randint(-8, 8, (rows, columns), dtype=torch.int8, generator=draw)
         parts = {
-            name + "_packed": pack_to_int32(codes, 4),
+            name + "_packed": pack_words(codes),
             name + "_scale": (torch.rand(rows, groups, generator=draw) * 0.02 + 0.001).to(scale_type),
             name + "_shape": torch.tensor([rows, columns], dtype=torch.int32),
         }
         if not symmetric:
             zero = torch.randint(-8, 8, (rows, groups), dtype=torch.int8, generator=draw)
-            parts[name + "_zero_point"] = pack_to_int32(zero, 4, packed_dim=0)
+            parts[name + "_zero_point"] = pack_words(zero.t()).t().contiguous()
         return parts
 
     return rewrite(folder, change, compressed_config(int4_args(group_size, symmetric), "pack-quantized"))

@@ -19,6 +19,7 @@ import pytest
 import torch
 from fake_device import AVAILABLE, DEVICE_NAME, FakeTensor, fake_device, to_host
 from operators import OperatorRecorder, directml_fallbacks, directml_types, mixed_devices
+from source_checkpoints import to_int4, to_mxfp4
 from torch import Tensor
 
 from usaf import experts
@@ -36,6 +37,7 @@ from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates
 from usaf.run import RunFolder, load_checkpoint
 from usaf.selection import overlap
+from usaf.session import make_resident
 from usaf.settings import Settings
 from usaf.trainer import ReselectResult, StepResult, Trainer
 
@@ -43,6 +45,9 @@ LAYERS, START, STEPS = 3, 1, 6
 FOUR_EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4}, "olmoe": {"num_experts": 4}, "deepseek_v3": {"n_routed_experts": 4}
 }  # fmt: skip
+# Experts that ship in four bits: bfloat16 scales, which this device lacks, and exponents.
+NATIVE = {"int4": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 64}),
+          "mxfp4": ("gpt_oss", {"intermediate_size": 64})}  # fmt: skip
 SETTINGS = Settings(
     steps=STEPS, microbatch=2, accum=1, lr_peak=1e-2, router_lr=1e-3, weight_decay=0.1, grad_clip=0.1, warmup=0.0,
     reselect_every=2, capture_steps=2, drop_fraction=0.4, reselect_until=0.5, head_chunk_tokens=24,
@@ -131,7 +136,10 @@ class Courses:
     def checkpoint(self, family: str) -> Path:
         folder = self.root / family
         if not folder.is_dir():
-            families.write_checkpoint(folder, family, num_hidden_layers=LAYERS, **FOUR_EXPERTS.get(family, {}))
+            name, changes = NATIVE.get(family, (family, FOUR_EXPERTS.get(family, {})))
+            families.write_checkpoint(folder, name, num_hidden_layers=LAYERS, **changes)
+            if family in NATIVE:
+                {"int4": to_int4, "mxfp4": to_mxfp4}[family](folder)
             families.build(folder)  # leaves the 4-bit experts beside it
         return folder
 
@@ -155,7 +163,7 @@ def courses(tmp_path_factory: pytest.TempPathFactory) -> Courses:
 
 
 @needs_fake_device
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*families.FAMILIES, *NATIVE])
 def test_directml_runs_every_operator_itself(family: str, courses: Courses) -> None:
     recorder = courses.on_device(family).recorder
     device_calls = recorder.on(DEVICE_NAME)
@@ -167,7 +175,7 @@ def test_directml_runs_every_operator_itself(family: str, courses: Courses) -> N
 
 
 @needs_fake_device
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", [*families.FAMILIES, *NATIVE])
 def test_the_device_gives_the_results_of_the_cpu(family: str, courses: Courses) -> None:
     expected, found = courses.on_cpu(family), courses.on_device(family)
     assert len(found.reselections) == 1
@@ -325,6 +333,26 @@ def test_bfloat16_on_the_fake_device(courses: Courses, tmp_path: Path) -> None:
     assert [step.loss for step in found.steps] == pytest.approx([step.loss for step in expected.steps], rel=0.01)
     # index_add and scatter_add, and the two forms of sdpa, round differently in 16 bits
     assert min(overlap(found.active[name], indices) for name, indices in expected.active.items()) > 0.8
+
+
+@needs_fake_device
+@pytest.mark.parametrize("family", NATIVE)
+def test_native_experts_have_the_same_bits_on_a_device_without_bf16(family: str, courses: Courses) -> None:
+    """Decoded there, and held there in fp32."""
+    host = families.build(courses.checkpoint(family))
+    with fake_device() as device:
+        model = families.build(courses.checkpoint(family), directml_backend(device))
+        model.place(START, device)
+        for mine, theirs in zip(host.moe_from(START)[:1], model.moe_from(START)[:1], strict=True):
+            for bank, there in zip(mine.banks, theirs.banks, strict=True):
+                assert there.device.type == device.type
+                for resident in (False, True):
+                    if resident:
+                        make_resident(there)
+                        assert there.resident is not None
+                        assert there.resident.dtype == torch.float32
+                    found = to_host(there.weight(1, torch.float32))
+                    assert torch.equal(found, bank.weight(1, torch.float32))
 
 
 @needs_fake_device

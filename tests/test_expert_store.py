@@ -38,7 +38,7 @@ from usaf.expert_store import (
 )
 from usaf.memory import PeakMemory, private_bytes, resident_bytes
 from usaf.quantization import QuantizedTensor, dequantize, quantize, quantize_4bit, quantize_minmax
-from usaf.tensor_file import TensorFileWriter
+from usaf.tensor_file import TensorFile, TensorFileWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -447,12 +447,32 @@ def test_a_disk_that_fills_up_midway(original: Path, folder: Path, monkeypatch: 
         if done == 12:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RunError, match="the disk is full .*; what is done is kept in .*the same command goes on"):
+    with pytest.raises(RunError, match="the disk takes no more .*; what is done is kept in .*the same command goes on"):
         convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, full)
     assert names(folder) == before | {PARTIAL, JOURNAL}
     calls: list[int] = []
     convert(Checkpoint(folder), folder / FILE_NAME, 32, 4, lambda done, total, what: calls.append(done))
     assert calls[0] == 13
+    assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
+
+
+def test_a_source_that_cannot_be_read_for_a_while(
+    original: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network disk that went away: the fault is told as the source's, and what is done is kept."""
+    checkpoint, fill = Checkpoint(folder), TensorFile._fill
+
+    def gone(self: TensorFile, view: memoryview, start: int) -> None:
+        if start > 100_000:
+            raise OSError(errno.EIO, "Input/output error")
+        fill(self, view, start)
+
+    monkeypatch.setattr(TensorFile, "_fill", gone)
+    with pytest.raises(RunError, match=rf"{SINGLE_NAME}: could not be read \(Input/output error\); check the disk"):
+        convert(checkpoint, folder / FILE_NAME, 32, 4, quiet)
+    assert {PARTIAL, JOURNAL} <= names(folder)
+    monkeypatch.setattr(TensorFile, "_fill", fill)
+    convert(checkpoint, folder / FILE_NAME, 32, 4, quiet)
     assert (folder / FILE_NAME).read_bytes() == (original / FILE_NAME).read_bytes()
 
 

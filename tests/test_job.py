@@ -162,7 +162,7 @@ def test_final_table_of_a_run_without_figures() -> None:
 
 
 def test_resident_needs_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank: Any = SimpleNamespace(numel=100)
+    bank: Any = SimpleNamespace(numel=100, base=SimpleNamespace(resident_dtype=lambda: torch.float16))
     host: Any = SimpleNamespace(name="cpu", device=torch.device("cpu"))
     monkeypatch.setattr(session_module, "available_bytes", lambda: 399)
     chosen, reason = decide_resident([bank], "auto", host)
@@ -175,7 +175,7 @@ def test_resident_needs_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("held", "mark"), [(399, "decoded copies would take"), (None, "does not say")])
 def test_resident_on_a_card_looks_at_the_card(monkeypatch: pytest.MonkeyPatch, held: int | None, mark: str) -> None:
     """The copies lie there, however much the host has free."""
-    bank: Any = SimpleNamespace(numel=100)
+    bank: Any = SimpleNamespace(numel=100, base=SimpleNamespace(resident_dtype=lambda: torch.float16))
     card: Any = SimpleNamespace(name="cuda", device=torch.device("meta"), total_memory_bytes=lambda: held)
     monkeypatch.setattr(session_module, "available_bytes", lambda: 10**12)
     chosen, reason = decide_resident([bank], "auto", card)

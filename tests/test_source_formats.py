@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import COMMON, build, random_batch, reference_of, write_checkpoint
+from families import COMMON, build, random_batch, reference_of, write_checkpoint, write_tokens
+from runs import TINY
 from safetensors.torch import load_file, save_file
 from source_checkpoints import (
     EXPERT,
@@ -32,10 +33,12 @@ from transformers import AutoModelForCausalLM
 
 from usaf.checkpoint import SINGLE_NAME, Checkpoint
 from usaf.errors import UserError
+from usaf.evaluate import main as evaluate_command
 from usaf.expert_store import FILE_NAME, convert, open_or_make, read_store, shapes_of
 from usaf.quantization import dequantize, quantize
 from usaf.session import make_resident
 from usaf.tensor_file import TensorFile
+from usaf.train import main as train
 
 SMALL = {"num_hidden_layers": 2, "moe_intermediate_size": 64}
 
@@ -301,8 +304,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
-        if name == "int4":
-            pytest.importorskip("compressed_tensors", minversion="0.15")
         if name not in made:
             made[name] = SOURCES[name](tmp_path_factory.mktemp(name.replace(" ", "")) / "model")
         return made[name]
@@ -565,7 +566,6 @@ def test_bad_data_of_native_experts_is_found_in_the_conversion(
 
 def test_a_mixture_of_formats_in_different_layers(tmp_path: Path) -> None:
     """As in Kimi's newer checkpoints: attention in FP8, experts of one layer in int4, of another in 16 bits."""
-    pytest.importorskip("compressed_tensors", minversion="0.15")
     folder = write_checkpoint(tmp_path / "model", **SMALL)
     to_int4(folder, only=re.compile(r"layers\.1\.mlp\.experts"))
     plain = load_file(folder / SINGLE_NAME)
@@ -584,3 +584,22 @@ def test_a_mixture_of_formats_in_different_layers(tmp_path: Path) -> None:
     q = checkpoint.read("model.layers.0.self_attn.q_proj.weight").float()
     assert (q - plain["model.layers.0.self_attn.q_proj.weight"].float()).abs().max() < 0.02
     assert read_store(folder / FILE_NAME).quantized == store.quantized
+
+
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+def test_a_run_on_native_experts_and_its_evaluation(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """From the checkpoint to a delta, whose loss in a new session is that of the run to the bit."""
+    data = write_tokens(tmp_path / "data.jsonl")
+    environ = {
+        **TINY, "MODEL": str(folders(name)), "DATASET_PATH": str(data), "OUTPUT_DIR": str(tmp_path), "RUN_TAG": "run",
+        "QUANT_PATH": str(tmp_path / FILE_NAME), "STEPS": "4", "TRAIN_FROM": "1",
+    }  # fmt: skip
+    assert train([], environ) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    (after,) = [e for e in summary["evaluations"] if e["name"] == "in_domain"]
+    assert after["perplexity_after"] < after["perplexity_before"]
+    assert (
+        evaluate_command(["--delta", str(tmp_path / "run" / "delta.safetensors"), "--json", str(tmp_path / "e")]) == 0
+    )
+    evaluations = json.loads((tmp_path / "e").read_text(encoding="utf-8"))["evaluations"]
+    assert {e["name"]: e["perplexity"] for e in evaluations}["in_domain"] == after["perplexity_after"]

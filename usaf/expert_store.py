@@ -23,9 +23,9 @@ import torch
 from usaf import __version__
 from usaf.checkpoint import Checkpoint
 from usaf.console import say
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 from usaf.files import hash_file, require_space, require_writable
-from usaf.partial import allocated_bytes, continued, partial_path, steps_done
+from usaf.partial import allocated_bytes, continued, partial_path
 from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
 from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout, one_line
 
@@ -119,9 +119,6 @@ def convert(checkpoint: Checkpoint, path: Path, group_size: int, bits: int, prog
     head, _, size = layout(specs, metadata)
     identity = hashlib.sha256(head + __version__.encode()).hexdigest()
     total = sum(shape[0] for shape in shapes.values())
-    done = steps_done(path, identity, size)
-    if done is None and partial_path(path).exists():
-        say(f"{partial_path(path)}: was begun for other weights or settings, and is made anew")
     require_space(
         path.parent, size - allocated_bytes(path), "the 4-bit file", f"free some, or set {setting} to another disk"
     )
@@ -129,6 +126,8 @@ def convert(checkpoint: Checkpoint, path: Path, group_size: int, bits: int, prog
     with continued(path, identity, size) as partial:
         if partial is None:
             return
+        if partial.discarded:
+            say(f"{partial_path(path)}: was begun for other weights or settings, and is made anew")
         if partial.done:
             say(f"{path}: its making goes on where it stopped, after {partial.done} of {total} experts")
         writer = TensorFileWriter(partial.file, specs, metadata)
@@ -160,6 +159,8 @@ def read_quantized(checkpoint: Checkpoint, name: str, target: str, e: int, encod
         transposed = checkpoint.model.get_submodule(name).is_transposed
         weight = (weight.t() if transposed else weight).contiguous().unsqueeze(0)
         return quantize(weight, encoding.group_size, encoding.bits)
+    except RunError:
+        raise
     except UserError as error:
         raise UserError(f"{checkpoint.folder}: {target}, expert {e}: {error}") from None
 

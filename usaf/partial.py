@@ -30,10 +30,11 @@ HELD = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK}
 
 
 class Partial:
-    """The file under way. `file`: open for writing; `done`: steps that it holds, to begin with those found there."""
+    """The file under way. `file`: open for writing; `done`: steps that it holds, to begin with those found there;
+    `discarded`: whether there was one of another content (or a damaged one), which went."""
 
-    def __init__(self, file: IO[bytes], journal: IO[bytes], done: int) -> None:
-        self.file, self.done = file, done
+    def __init__(self, file: IO[bytes], journal: IO[bytes], done: int, discarded: bool) -> None:
+        self.file, self.done, self.discarded = file, done, discarded
         self._journal, self._recorded, self._flushed = journal, done, time.monotonic()
 
     def step(self) -> None:
@@ -60,13 +61,13 @@ def journal_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.journal")
 
 
-def steps_done(path: Path, identity: str, size_bytes: int) -> int | None:
+def steps_done(path: Path, journal: bytes, identity: str, size_bytes: int) -> int | None:
     """How many steps an interrupted work left for this very file; None where there is nothing that it could go on from.
 
-    identity: what tells one content from another.
+    journal: the content of the journal; identity: what tells one content from another.
     """
+    lines = journal.split(b"\n")[:-1]  # the last one is empty, or was cut short
     try:
-        lines = journal_path(path).read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut short
         if partial_path(path).stat().st_size != size_bytes or json.loads(lines[0]) != {"identity": identity}:
             return None
         return max((int(json.loads(line)["done"]) for line in lines[1:]), default=0)
@@ -119,7 +120,7 @@ def continued(path: Path, identity: str, size_bytes: int) -> Iterator[Partial | 
         raise
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise RunError(f"{path}: the disk is full ({error.strerror or error}); what is done is kept in "
+            raise RunError(f"{path}: the disk takes no more ({error.strerror or error}); what is done is kept in "
                            f"{partial_path(path).name}: free some space, and the same command goes on from there"
                            ) from error  # fmt: skip
         raise UserError(f"{path}: could not be written ({error.strerror or error}); check the rights of {path.parent}"
@@ -152,10 +153,11 @@ def locked_journal(path: Path) -> Iterator[IO[bytes]]:
 @contextmanager
 def open_partial(path: Path, journal: IO[bytes], identity: str, size_bytes: int) -> Iterator[Partial]:
     """An earlier process's partial file where it fits, else an empty one of full size, journalled as such."""
-    done = steps_done(path, identity, size_bytes)
-    if done is None:
-        with suppress(FileNotFoundError):
-            partial_path(path).unlink()
+    journal.seek(0)
+    done = steps_done(path, journal.read(), identity, size_bytes)
+    discarded = done is None and partial_path(path).exists()
+    if discarded:
+        partial_path(path).unlink()
     with open(partial_path(path), "w+b" if done is None else "r+b") as file:
         lines = [json.dumps({"identity": identity})]
         if done is None:
@@ -168,7 +170,7 @@ def open_partial(path: Path, journal: IO[bytes], identity: str, size_bytes: int)
         journal.write(("\n".join(lines) + "\n").encode())
         flush(journal)
         flush_folder(path.parent)
-        yield Partial(file, journal, done or 0)
+        yield Partial(file, journal, done or 0, discarded)
 
 
 def clear(path: Path) -> None:

@@ -268,7 +268,7 @@ class FourBit(Stored):
         *leading, columns = self.rows_shape()
         groups, scale = self.groups(), self.raw.entry(self.scale).shape
         known = [size for size in self.quantization.group_sizes if -(-columns // size) == groups]
-        size = columns // groups if columns % groups == 0 else 0
+        size = columns // groups if groups and columns % groups == 0 else 0
         size = known[0] if known else size
         if size < 1 or math.prod(scale) != math.prod(leading) * groups:
             raise self.fault(f"has {columns} weights a row and scales of shape {scale}, which do not fit each other; "

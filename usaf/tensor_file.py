@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usaf.errors import UserError
+from usaf.errors import RunError, UserError
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -130,15 +130,22 @@ class TensorFile:
 
     def _read(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         buffer = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        try:
+            self._fill(memoryview(buffer.numpy()), start)  # type: ignore[arg-type]
+        except OSError as error:
+            raise RunError(f"{self.path}: could not be read ({error.strerror or error}); check the disk or the "
+                           "network, and try again") from error  # fmt: skip
+        return buffer.view(dtype).reshape(shape)
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        done = 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
             while done < len(view):
                 count = file.readinto(view[done:])  # a read takes 2 GB at most on Linux
                 if not count:
-                    raise UserError(f"{self.path}: was cut short while it was in use; download it again")
+                    raise UserError(f"{self.path}: was cut short while it was in use; {self.remedy}")
                 done += count
-        return buffer.view(dtype).reshape(shape)
 
     def raw(self, name: str) -> Iterator[bytes]:
         """The tensor's bytes as they are in the file, a piece at a time."""
@@ -149,7 +156,7 @@ class TensorFile:
             while left:
                 piece = file.read(min(left, COPY_BYTES))
                 if not piece:
-                    raise UserError(f"{self.path}: was cut short while it was in use; download it again")
+                    raise UserError(f"{self.path}: was cut short while it was in use; {self.remedy}")
                 left -= len(piece)
                 yield piece
 
