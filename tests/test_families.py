@@ -1,4 +1,4 @@
-"""Every MoE family of transformers, from a saved tiny checkpoint to a delta that is read again, with no code of its own.
+"""Every MoE family of transformers, from a saved tiny checkpoint to a delta that is read again, by structure alone.
 
 Where the environment variable USAF_FAMILY_RESULTS names a file, a line of JSON is added to it for each family with what
 was checked and has held; `scripts/supported_models.py` makes the README's table of it.

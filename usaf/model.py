@@ -33,7 +33,6 @@ from usaf.files import fingerprint, tensor_bytes
 from usaf.linear import FrozenEmbedding, FrozenLinear
 from usaf.skeleton import HandedOn, Handover, Path, Product, find_decoder, get, put
 
-
 MOST_EXTRA_ROWS = 8
 """Rows that a router's weight may have beyond one for each expert."""
 
@@ -115,9 +114,7 @@ class SparseModel:
             for store, tensors in on_host:
                 store.update(tensors)
 
-    def run_layers(
-        self, batch: Batch, start: int, stop: int, state: Tensor | None = None, norm: bool = True
-    ) -> Tensor:
+    def run_layers(self, batch: Batch, start: int, stop: int, state: Tensor | None = None, norm: bool = True) -> Tensor:
         """The state after layers [start, stop), and after the final norm too when `stop` is the model's end.
 
         Both ends must be among `handover.splits`. The state is the hidden state; in the few families whose layers hand
@@ -145,7 +142,7 @@ class SparseModel:
         return output
 
     def pack(self, boundary: int, products: dict[Product, Tensor]) -> Tensor:
-        """What crosses `boundary` as one tensor [B, S, ...]: the one there is, or all features of each token in a row."""
+        """What crosses `boundary` as one tensor [B, S, ...]: the one there is, or all features of a token in a row."""
         tensors = [products[p] for p in self.handover.needed[boundary]]
         if len(tensors) == 1:
             return tensors[0]
@@ -190,7 +187,7 @@ class SparseModel:
                 hook.remove()
 
     def _hand_on(
-        self, layer: int, by_place: dict[tuple[int, Path], Tensor], some: Tensor, *args: Any, **kwargs: Any
+        self, layer: int, by_place: dict[tuple[int, Path], Tensor], some: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
         given = {"args": args, "kwargs": kwargs}
         for (of, where), tensor in by_place.items():
@@ -221,7 +218,13 @@ class SparseModel:
 
 
 def _keep(
-    products: dict[Product, Tensor], kept: list[Product], last: bool, _layer: nn.Module, args: Any, kwargs: Any, out: Any
+    products: dict[Product, Tensor],
+    kept: list[Product],
+    last: bool,
+    _layer: nn.Module,
+    args: Any,
+    kwargs: Any,
+    out: Any,
 ) -> None:
     """A layer's forward hook: note what it has made; the last one ends the forward."""
     for product in kept:

@@ -68,8 +68,11 @@ def made_of(layer: nn.Module, index: int) -> tuple[object, ...]:
     """Equal for layers that are the same but for their number, `index`."""
     parts = []
     for name, module in layer.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple)) and v != index}
-        shapes = {k: tuple(p.shape) for k, p in (*module._parameters.items(), *module._buffers.items()) if p is not None}
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))}
+        plain = {k: v for k, v in plain.items() if isinstance(v, bool) or v != index}
+        shapes = {
+            k: tuple(p.shape) for k, p in (*module._parameters.items(), *module._buffers.items()) if p is not None
+        }
         parts.append((name, type(module), repr(sorted(plain.items())), repr(sorted(shapes.items()))))
     return tuple(parts)
 
