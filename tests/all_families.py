@@ -241,6 +241,13 @@ def class_of(family: str, config: Any) -> type[PreTrainedModel]:
     return getattr(transformers, name) if name else model_class(config)
 
 
+def has_interface(family: str) -> bool:
+    """Whether this transformers lets the family's experts be served by others (5.13 does not, for aria)."""
+    text = WRAPPERS[family]["text"][0] if family in WRAPPERS else family
+    asked = text if text in CONFIGS else family
+    return bool(class_of(asked, tiny_config(asked))._can_set_experts_implementation())
+
+
 def random_model(family: str, seed: int = 0, std: float = 0.08) -> PreTrainedModel:
     """A reference model by transformers' own eager experts, with weights large enough that routing matters."""
     torch.manual_seed(seed)

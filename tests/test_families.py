@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from all_families import FAMILIES, VOCAB, WRAPPERS, class_of, tiny_config, write_checkpoint
+from all_families import CONFIGS, FAMILIES, VOCAB, WRAPPERS, class_of, has_interface, tiny_config, write_checkpoint
 from families import activate, base_into, build, random_batch, write_tokens
 from runs import events, read_json
 from torch import Tensor
@@ -79,6 +79,8 @@ def recorded(family: str) -> Iterator[Record]:
     "family", [f if f in REPRESENTATIVE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )
 def test_from_a_saved_checkpoint_to_a_delta(family: str, tmp_path: Path) -> None:
+    if not has_interface(family):
+        pytest.skip(f"transformers {transformers.__version__} has no experts interface for {family}")
     with recorded(family) as record:
         folder = write_checkpoint(tmp_path / "model", family)
         model, reference = loaded(folder, record)
@@ -238,4 +240,4 @@ def read_again(delta: Path, tmp_path: Path, record: Record) -> None:
 
 
 def test_representative_families_are_known() -> None:
-    assert set(REPRESENTATIVE) <= set(FAMILIES)
+    assert set(REPRESENTATIVE) <= {*CONFIGS, *WRAPPERS}
