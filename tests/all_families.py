@@ -188,8 +188,9 @@ SMALL_TOWER: dict[str, Any] = {
     "projection_hidden_size": 32, "pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 2,
     "projection_intermediate_size": 32, "projection_hidden_dim": 32, "posemb_grid_size": 4, "mlp_ratio": 1.0,
     "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32, "output_dim": 64,
-    "downsample_hidden_size": 16, "depths": [1], "hidden_sizes": [16], "patch_sizes": [16], "layer_types": None, "adapter_in_dim": 32,
-    "mlp_layer_types": ["dense"], "adapter_input_size": 32, "adapter_out_dim": COMMON["hidden_size"],
+    "downsample_hidden_size": 16, "depths": [1], "hidden_sizes": [16], "patch_sizes": [16], "layer_types": None,
+    "adapter_in_dim": 32, "mlp_layer_types": ["dense"], "adapter_input_size": 32,
+    "adapter_out_dim": COMMON["hidden_size"],
 }  # fmt: skip
 
 
@@ -238,6 +239,13 @@ def class_of(family: str, config: Any) -> type[PreTrainedModel]:
     """The class whose checkpoints users bring: for wrappers the whole model, towers included."""
     name = WRAPPERS.get(family, {}).get("class")
     return getattr(transformers, name) if name else model_class(config)
+
+
+def has_interface(family: str) -> bool:
+    """Whether this transformers lets the family's experts be served by others (5.13 does not, for aria)."""
+    text = WRAPPERS[family]["text"][0] if family in WRAPPERS else family
+    asked = text if text in CONFIGS else family
+    return bool(class_of(asked, tiny_config(asked))._can_set_experts_implementation())
 
 
 def random_model(family: str, seed: int = 0, std: float = 0.08) -> PreTrainedModel:

@@ -368,13 +368,18 @@ CONFIGS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda p: p.write_text("[1]", encoding="utf-8"), "config.json: transformers .* cannot read it"),
     "wrong encoding": (lambda p: p.write_bytes(b"\xff\xfe{}"), "config.json: transformers .* cannot read it"),
     "no model_type": (lambda p: p.write_text("{}", encoding="utf-8"), "config.json: transformers .* cannot read it"),
-    "unknown": (lambda p: edit_json(p, model_type="zork_moe"), "config.json: transformers .* cannot read it.*zork_moe"),
+    "unknown": (
+        lambda p: edit_json(p, model_type="zork_moe", architectures=["ZorkForCausalLM"]),
+        "config.json: transformers .* cannot read it.*zork_moe",
+    ),
     "wrong type": (
         lambda p: edit_json(p, hidden_size="big"),
         "config.json: transformers .* cannot read it.*hidden_size",
     ),
     "own code": (
-        lambda p: edit_json(p, model_type="zork", auto_map={"AutoConfig": "configuration_zork.ZorkConfig"}),
+        lambda p: edit_json(
+            p, model_type="zork", architectures=["Zork"], auto_map={"AutoConfig": "configuration_zork.ZorkConfig"}
+        ),
         "config.json: transformers .* cannot read it",
     ),
     "quantised": (

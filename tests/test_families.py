@@ -1,4 +1,4 @@
-"""Every MoE family of transformers, from a saved tiny checkpoint to a delta that is read again, with no code of its own.
+"""Every MoE family of transformers, from a saved tiny checkpoint to a delta that is read again, by structure alone.
 
 Where the environment variable USAF_FAMILY_RESULTS names a file, a line of JSON is added to it for each family with what
 was checked and has held; `scripts/supported_models.py` makes the README's table of it.
@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from all_families import FAMILIES, VOCAB, WRAPPERS, class_of, tiny_config, write_checkpoint
+from all_families import CONFIGS, FAMILIES, VOCAB, WRAPPERS, class_of, has_interface, tiny_config, write_checkpoint
 from families import activate, base_into, build, random_batch, write_tokens
 from runs import events, raw_tensors, read_json
 from torch import Tensor
@@ -75,6 +75,8 @@ def recorded(family: str) -> Iterator[Record]:
     "family", [f if f in REPRESENTATIVE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )
 def test_from_a_saved_checkpoint_to_a_delta(family: str, tmp_path: Path) -> None:
+    if not has_interface(family):
+        pytest.skip(f"transformers {transformers.__version__} has no experts interface for {family}")
     with recorded(family) as record:
         folder = write_checkpoint(tmp_path / "model", family)
         model, reference = loaded(folder, record)
@@ -281,4 +283,4 @@ def checkpoint_transposed(checkpoint: Checkpoint, target: str) -> bool:
 
 
 def test_representative_families_are_known() -> None:
-    assert set(REPRESENTATIVE) <= set(FAMILIES)
+    assert set(REPRESENTATIVE) <= {*CONFIGS, *WRAPPERS}

@@ -39,6 +39,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from usaf import adapters
 from usaf.errors import UserError
@@ -372,7 +373,7 @@ class Checkpoint:
 
     @cached_property
     def handover(self) -> Handover:
-        """What the model's layers hand on to each other. (Asked of modules on the meta device: before any has weights.)"""
+        """What the model's layers hand on to each other. Asked before any module has weights."""
         return handover(self.model)
 
     def num_layers(self) -> int:
@@ -467,7 +468,11 @@ def read_config(folder: Path) -> tuple[Any, Quantization | None]:
     if not path.is_file():
         raise UserError(f"MODEL={folder}: has no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        known = config_class_by_architecture(path)
+        if known is not None:
+            config = known.from_pretrained(folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{path}: transformers {transformers.__version__} cannot read it ({one_line(error)[:300]}); a "
                         "newer transformers may know this model") from None  # fmt: skip
@@ -476,6 +481,16 @@ def read_config(folder: Path) -> tuple[Any, Quantization | None]:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config, quantization
+
+
+def config_class_by_architecture(path: Path) -> Any:
+    """The configuration class of a checkpoint whose model_type only remote code knows (kimi_k2), but whose architecture
+    is one of transformers' own (DeepseekV3ForCausalLM); else None."""
+    given = json.loads(path.read_text(encoding="utf-8"))
+    architecture = getattr(transformers, (given.get("architectures") or ["none"])[0], None)
+    if given.get("model_type") in CONFIG_MAPPING or not isinstance(architecture, type):
+        return None
+    return getattr(architecture, "config_class", None)
 
 
 def read_index(folder: Path) -> dict[str, str]:

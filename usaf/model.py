@@ -143,7 +143,7 @@ class SparseModel:
         return output
 
     def pack(self, boundary: int, products: dict[Product, Tensor]) -> Tensor:
-        """What crosses `boundary` as one tensor [B, S, ...]: the one there is, or all features of each token in a row."""
+        """What crosses `boundary` as one tensor [B, S, ...]: the one there is, or all features of a token in a row."""
         tensors = [products[p] for p in self.handover.needed[boundary]]
         if len(tensors) == 1:
             return tensors[0]
@@ -188,7 +188,7 @@ class SparseModel:
                 hook.remove()
 
     def _hand_on(
-        self, layer: int, by_place: dict[tuple[int, Path], Tensor], some: Tensor, *args: Any, **kwargs: Any
+        self, layer: int, by_place: dict[tuple[int, Path], Tensor], some: Tensor | None, *args: Any, **kwargs: Any
     ) -> Any:
         given = {"args": args, "kwargs": kwargs}
         for (of, where), tensor in by_place.items():

@@ -38,17 +38,17 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     decoder, _, layers = find_decoder(model)
     answers: dict[object, Any] = {}  # what a layer is made of, and its mask -> what it returned
 
-    def ask(layer: nn.Module, made_of: object, *args: Any, **kwargs: Any) -> Any:
+    def ask(layer: nn.Module, kind: object, *args: Any, **kwargs: Any) -> Any:
         mask = kwargs.get("attention_mask")
-        kind = (made_of, id(mask))
-        if kind not in answers:
-            answers[kind] = type(layer).forward(layer, *args, **kwargs)
-            if not hides_first_document(mask) or moved(answers[kind]):
+        question = (kind, id(mask))
+        if question not in answers:
+            answers[question] = type(layer).forward(layer, *args, **kwargs)
+            if not hides_first_document(mask) or moved(answers[question]):
                 raise _Crossed
-        return answers[kind]
+        return answers[question]
 
-    for i, layer in enumerate(layers):
-        layer.forward = partial(ask, layer, made_of(layer, i))
+    for layer, kind in zip(layers, kinds(layers), strict=True):
+        layer.forward = partial(ask, layer, kind)
     ids = torch.arange(2 * DOCUMENT).unsqueeze(0) % 11
     edited = torch.cat((ids[:, :DOCUMENT] + 5, ids[:, DOCUMENT:]), dim=1)
     positions = torch.arange(DOCUMENT).repeat(2).expand(2, -1)
@@ -64,16 +64,21 @@ class _Crossed(Exception):
     """One layer sees the first document from the second: there is nothing more to ask."""
 
 
-def made_of(layer: nn.Module, index: int) -> tuple[object, ...]:
-    """Equal for layers that are the same but for their number, `index`."""
-    parts = []
-    for name, module in layer.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple)) and v != index}
-        shapes = {
-            k: tuple(p.shape) for k, p in (*module._parameters.items(), *module._buffers.items()) if p is not None
-        }
-        parts.append((name, type(module), repr(sorted(plain.items())), repr(sorted(shapes.items()))))
-    return tuple(parts)
+def kinds(layers: nn.ModuleList) -> list[tuple[object, ...]]:
+    """What each layer is made of: equal for layers that are the same but for their number."""
+    values: dict[str, list[bool]] = {}
+    for i, layer in enumerate(layers):
+        for name, value in (item for module in layer.modules() for item in vars(module).items()):
+            values.setdefault(name, []).append(type(value) is int and value == i)
+    numbers = {name for name, are_number in values.items() if all(are_number)}
+    return [tuple(made_of(module, numbers) for module in layer.named_modules()) for layer in layers]
+
+
+def made_of(named: tuple[str, nn.Module], numbers: set[str]) -> tuple[object, ...]:
+    name, module = named
+    settings = {k: v for k, v in vars(module).items() if k not in numbers and isinstance(v, (int, float, str, tuple))}
+    tensors = {k: t.shape for k, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+    return name, type(module), repr(sorted(settings.items())), repr(sorted(tensors.items()))
 
 
 def moved(out: Any) -> bool:

@@ -2,7 +2,8 @@
 
 `skeleton` copies a model from the meta device and gives every part a cheap stand-in: a linear layer hands out the
 features of its input from a random place on, an embedding makes up its vectors, experts hand on a scaled input, every
-other parameter is one random row repeated. Real values flow through the family's real forward, in the memory of the activations alone.
+other parameter is one random row repeated. Real values flow through the family's real forward, in the memory of the
+activations alone.
 
 `handover` asks which outputs of a layer later layers need. In most families that is the hidden state alone; in others
 a router's state goes along (zaya), keys and values are shared (gemma4), blocks of layers attend to the inputs of
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -69,34 +70,33 @@ def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if is_experts_module(module):
-            module.forward = scaled
-        elif type(module) is nn.Linear:
-            place = int(torch.randint(module.in_features, (), generator=generator))
-            module.forward = partial(turned, place, module.out_features)
-        elif isinstance(module, nn.Embedding):
-            row = torch.randn(module.embedding_dim, generator=generator)
-            module.forward = partial(embed, row)
+        stand_in = stand_in_for(module, generator)
+        if stand_in is not None:
+            vars(module)["forward"] = stand_in
+            tables: set[str] = set()
         else:
-            materialise(model, module, generator)
-            continue
-        for store in (module._parameters, module._buffers):
+            tables = module._non_persistent_buffers_set
+        stores: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for store in stores:
             for name, tensor in store.items():
-                if tensor is not None and tensor.ndim < 3:  # some code asks for a weight's type or device
-                    store[name] = repeated(tensor, generator)
+                if tensor is not None and tensor.is_meta and not is_experts_module(module):
+                    value = repeated(tensor, generator)
+                    store[name] = value.contiguous() if tables else value
+        if tables:
+            model._init_weights(module)  # what no checkpoint holds (rotary frequencies), as transformers makes it
     return model
 
 
-def materialise(model: PreTrainedModel, module: nn.Module, generator: torch.Generator) -> None:
-    """Values for a module's own parameters and buffers; tables that no checkpoint holds as transformers makes them."""
-    tables = module._non_persistent_buffers_set
-    for store in (module._parameters, module._buffers):
-        for name, tensor in store.items():
-            if tensor is not None and tensor.is_meta:
-                value = repeated(tensor, generator)
-                store[name] = value.contiguous() if tables else value  # type: ignore[assignment]
-    if tables:
-        model._init_weights(module)
+def stand_in_for(module: nn.Module, generator: torch.Generator) -> Callable[..., Tensor] | None:
+    """A cheap forward for the modules that hold nearly all weights."""
+    if is_experts_module(module):
+        return scaled
+    if type(module) is nn.Linear:
+        place = int(torch.randint(module.in_features, (), generator=generator))
+        return partial(turned, place, module.out_features)
+    if isinstance(module, nn.Embedding):
+        return partial(embed, torch.randn(module.embedding_dim, generator=generator))
+    return None
 
 
 def repeated(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -145,8 +145,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Handover:
-    """returns[i]: the shape of layer i's return value, leaves that are tensors being paths. needed[b]: what layers below
-    `b` have made that the layers from `b` on, or what follows the last, need."""
+    """returns[i]: the form of layer i's return value, with a path in the place of each tensor. needed[b]: what layers
+    below `b` have made that the layers from `b` on, or what follows the last, need."""
 
     returns: list[Any]
     needed: list[tuple[Product, ...]]
@@ -164,7 +164,7 @@ class Handover:
     def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
         """[start, stop) in the smallest pieces between two cuts."""
         cuts = [b for b in self.splits if start <= b <= stop]
-        assert cuts[0] == start and cuts[-1] == stop, (start, stop, self.splits)
+        assert [cuts[0], cuts[-1]] == [start, stop], self.splits
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
@@ -321,7 +321,7 @@ def handover(model: PreTrainedModel) -> Handover:
     decoder, _, layers = find_decoder(model)
     flow, called = Flow(), set()
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     for i, layer in enumerate(layers):
         layer.forward = partial(flow.run_layer, i, layer.forward)
     final: list[Tensor] = []
