@@ -170,7 +170,9 @@ def read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
         return fields[f"tokenizer.{name}"].contents()
 
     if (value("ggml.model"), value("ggml.pre")) != ("gpt2", "smollm"):
-        raise UserError(f"{gguf}: its tokenizer is {value('ggml.model')}/{value('ggml.pre')}, not SmolLM2's gpt2/smollm")
+        raise UserError(
+            f"{gguf}: its tokenizer is {value('ggml.model')}/{value('ggml.pre')}, not SmolLM2's gpt2/smollm"
+        )
     tokens = value("ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in value("ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
