@@ -60,7 +60,6 @@ def check_against_transformers(folder: Path, dtype: torch.dtype) -> None:
             experts = len(reference[target])
             for e in range(experts):
                 assert torch.equal(checkpoint.read_expert(target, e, experts), reference[target][e]), (target, e)
-    checkpoint.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -301,14 +300,6 @@ def test_a_checkpoint_without_safetensors_is_refused(copy: Path) -> None:
     refused(copy, f"has neither {SINGLE_NAME} nor {INDEX_NAME}; give a checkpoint in safetensors$")
     (copy / "pytorch_model.bin").write_bytes(b"")
     refused(copy, "in safetensors; convert its .bin files with save_pretrained first")
-
-
-def test_a_closed_checkpoint_maps_its_files_again_when_asked(copy: Path) -> None:
-    checkpoint = Checkpoint(copy)
-    before = checkpoint.read("lm_head.weight").clone()
-    checkpoint.close()
-    assert checkpoint._files == {}
-    assert torch.equal(checkpoint.read("lm_head.weight"), before)
 
 
 def test_fingerprint_tells_another_model_and_a_fine_tune(copy: Path, tmp_path: Path) -> None:

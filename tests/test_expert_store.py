@@ -36,6 +36,7 @@ from usaf.expert_store import (
 )
 from usaf.memory import PeakMemory, private_bytes
 from usaf.quantization import QuantizedTensor, dequantize, quantize, quantize_4bit, quantize_minmax
+from usaf.tensor_file import TensorFileWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -139,7 +140,7 @@ def write_large(folder: Path, experts: int, width: int) -> tuple[Path, int]:
         shapes[f"{name}.down_proj.weight"] = (512, width)
     torch.manual_seed(0)
     with files.replacing(folder / SINGLE_NAME) as file:
-        writer = files.TensorFileWriter(file, {n: (torch.bfloat16, s) for n, s in shapes.items()}, {"format": "pt"})
+        writer = TensorFileWriter(file, {n: (torch.bfloat16, s) for n, s in shapes.items()}, {"format": "pt"})
         for name, shape in shapes.items():
             writer.write(name, 0, torch.randn(shape).mul_(0.02).to(torch.bfloat16))
     return folder, experts * 3 * width * 512 * 2

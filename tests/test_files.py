@@ -14,16 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from safetensors import safe_open
 
 from usaf import files
 from usaf.errors import UserError
 from usaf.files import (
     FolderLock,
-    TensorFileWriter,
     fingerprint,
     flush_folder,
     hash_file,
@@ -186,56 +182,6 @@ def test_write_json_keeps_characters_of_every_language(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"é": "中", "n": 1})
     assert "中" in (tmp_path / "x.json").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"é": "中", "n": 1}
-
-
-def random_tensors(seed: int) -> dict[str, torch.Tensor]:
-    """Of every dtype, with odd sizes, so that a wrong order would misalign."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for i, dtype in enumerate(list(files.SAFETENSORS_DTYPES) * 2):
-        shape = tuple(int(n) for n in rng.integers(1, 6, size=int(rng.integers(0, 4))))
-        tensors[f"t{i}"] = torch.from_numpy(rng.integers(0, 100, size=shape)).to(dtype)
-    tensors["empty"] = torch.zeros(0, 3)
-    return tensors
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_writer_files_are_read_by_safetensors_and_aligned(tmp_path: Path, seed: int) -> None:
-    tensors, path = random_tensors(seed), tmp_path / "x.safetensors"
-    with replacing(path) as file:
-        writer = TensorFileWriter(file, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {"made by": "us"})
-        pieces = [(n, at, piece) for n, t in tensors.items() for at, piece in enumerate(t.reshape(-1).split(1))]
-        for i in np.random.default_rng(seed).permutation(len(pieces)):  # in any order
-            writer.write(*pieces[i])
-    with safe_open(path, "pt") as opened:
-        assert opened.metadata() == {"made by": "us"}
-        assert set(opened.keys()) == set(tensors)
-        for name, tensor in tensors.items():
-            assert opened.get_tensor(name).dtype == tensor.dtype
-            assert torch.equal(opened.get_tensor(name), tensor)
-    raw = path.read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    assert start % 64 == 0
-    for name, tensor in tensors.items():
-        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
-
-
-def test_writer_takes_parts_and_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
-    tensor = torch.arange(24.0).reshape(4, 6)
-    with replacing(tmp_path / "x") as file:
-        writer = TensorFileWriter(file, {"t": (torch.float32, (6, 4))}, {})
-        writer.write("t", 8, tensor.t()[2:])
-        writer.write("t", 0, tensor.t()[:2])
-    with safe_open(tmp_path / "x", "pt") as opened:
-        assert torch.equal(opened.get_tensor("t"), tensor.t())
-
-
-def test_writer_never_writes_beyond_a_tensor(tmp_path: Path) -> None:
-    with open(tmp_path / "x", "wb") as file:
-        writer = TensorFileWriter(file, {"a": (torch.float32, (3,)), "b": (torch.float32, (3,))}, {})
-        with pytest.raises(AssertionError):
-            writer.write("a", 1, torch.zeros(3))
 
 
 SHA256_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

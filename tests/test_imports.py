@@ -15,19 +15,21 @@ PACKAGE = REPOSITORY / "usaf"
 # Lowest first; a folder such as devices/ counts as one module. A new module fails here until it has its row.
 ROWS = [
     {"__init__", "errors"},  # imported by anything
-    {"settings", "quantization", "selection", "optimizer", "files", "memory", "console"},  # level 0
+    {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
     {"devices", "kernels"},  # level 1
-    {"experts", "linear", "samples", "demo"},  # level 2, in three rows: samples below data,
+    {"experts", "linear", "samples", "demo"},  # level 2, in four rows: samples below data,
+    {"adapters"},  # rewrite families into what experts.py serves,
     {"checkpoint", "data"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
-    {"model"},  # level 3
+    {"model", "merge"},  # level 3
     {"loss", "packing", "prefix"},  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run"},
     {"trainer"},  # level 5
     {"session"},  # level 6: what every command needs before it works
     {"summary"},
     {"job"},  # one run, phase by phase
-    {"evaluate"},  # level 7, the commands
+    {"merged_folder"},
+    {"evaluate", "export"},  # level 7, the commands
     {"train", "quantize"},
 ]
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}

@@ -2,7 +2,8 @@
 
 transformers' own conversion mapping says which checkpoint tensors make up which parameter (three tensors an expert in
 Qwen3-MoE's files become one fused 3D parameter); we run its converters on one expert at a time, so that the peak is one
-expert, not one layer. What a family's checkpoint looks like is therefore transformers' knowledge, not ours.
+expert, not one layer. What a family's checkpoint looks like is therefore transformers' knowledge, not ours; where
+`adapters` rewrite a family, they add to the mapping.
 
 Left out here: writing back in the checkpoint's own names (export), FP8 and native 4-bit sources.
 """
@@ -15,35 +16,45 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
 
+from usaf import adapters
 from usaf.errors import UserError
-from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module, projection_names
+from usaf.experts import EXPERTS_IMPLEMENTATION, find_layers, is_experts_module, projection_names
+from usaf.tensor_file import TensorEntry, TensorFile, one_line
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-READABLE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-WHOLE_DTYPES = {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8,
-                "BOOL": torch.bool}  # fmt: skip
+FLOAT_CODES = ("F32", "F16", "BF16", "F64")
+WHOLE_CODES = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 # 4 KiB blocks of each shard that stand for its content where hashing 60 GB would take minutes.
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096
 HUB_SECONDS = 10.0  # the model hub must answer within these, or what is in its cache must do
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 HUB_NOT = ["*/*", "consolidated*"]  # the same weights again, in the formats of other programs
+
+
+class Piece(NamedTuple):
+    """A tensor of the checkpoint, or a span of its first dimension: what one expert, or one parameter, is made of."""
+
+    key: str
+    pattern: str  # the converter's for it
+    rows: tuple[int, int] | None  # None: all of it
 
 
 @dataclass
@@ -66,29 +77,33 @@ class Checkpoint:
         self.folder = folder
         self.config = read_config(folder)
         self.shards = read_index(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._check_shards()
         self.model = meta_model(self.config, attention)
         self.unexpected: list[str] = []
+        self._patterns: dict[str, dict[str, list[str]]] = {}
         self.sources = self._plan()
         self._check_parameters()
 
-    def _open(self, shard: str) -> Any:
+    def file(self, shard: str) -> TensorFile:
         if shard not in self._files:
-            self._files[shard] = open_shard(self.folder / shard)
+            self._files[shard] = TensorFile(self.folder / shard)
         return self._files[shard]
+
+    def entry(self, key: str) -> TensorEntry:
+        return self.file(self.shards[key]).entries[key]
 
     def _check_shards(self) -> None:
         """Every tensor that the index names is in its shard. Headers only."""
         for shard in sorted(set(self.shards.values())):
             wanted = {key for key, at in self.shards.items() if at == shard}
-            absent = sorted(wanted - set(self._open(shard).keys()))
+            absent = sorted(wanted - set(self.file(shard).entries))
             if absent:
                 raise UserError(f"{self.folder / INDEX_NAME}: says that {shard} holds {absent[0]}, which it does not; "
                                 "index and shards are of different checkpoints, download them again")  # fmt: skip
 
     def _plan(self) -> dict[str, Source]:
-        mapping = get_model_conversion_mapping(self.model)
+        mapping = [*get_model_conversion_mapping(self.model), *adapters.conversions(self.model)]
         renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         converters = [m for m in mapping if isinstance(m, WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -103,7 +118,9 @@ class Checkpoint:
                 self.unexpected.append(key)
                 continue
             converter = by_pattern[pattern] if pattern is not None else None
-            sources.setdefault(target, Source(converter)).keys.append((key, pattern or key))
+            first, *others = converter.target_patterns if converter is not None else [""]
+            for each in (target, *(target.replace(first, other) for other in others)):  # one tensor may make several
+                sources.setdefault(each, Source(converter)).keys.append((key, pattern or key))
         return sources
 
     def _check_parameters(self) -> None:
@@ -129,20 +146,21 @@ class Checkpoint:
                                 "the 16-bit checkpoint of this model")  # fmt: skip
 
     def _dtype(self, key: str) -> torch.dtype:
-        code = self._open(self.shards[key]).get_slice(key).get_dtype()
-        dtype = READABLE_DTYPES.get(code) or WHOLE_DTYPES.get(code)
-        if dtype is None:
+        code = self.entry(key).code
+        if code not in FLOAT_CODES + WHOLE_CODES:
             raise UserError(f"{self.folder / self.shards[key]}: {key} has dtype {code}, which cannot be read yet; use "
-                            f"a checkpoint in {', '.join(READABLE_DTYPES)}")  # fmt: skip
-        return dtype
+                            f"a checkpoint in {', '.join(FLOAT_CODES)}")  # fmt: skip
+        return self.file(self.shards[key]).dtype(key)
+
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return self._dtype(key)
 
     def _without_data(self, key: str) -> Tensor:
-        shape = self._open(self.shards[key]).get_slice(key).get_shape()
-        return torch.empty(shape, dtype=self._dtype(key), device="meta")
+        return torch.empty(self.entry(key).shape, dtype=self._dtype(key), device="meta")
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint under its own name, mapped from the file."""
-        return self._open(self.shards[key]).get_tensor(key)
+        """One tensor of the checkpoint under its own name."""
+        return self.file(self.shards[key]).read(key)
 
     def dtype(self, target: str) -> torch.dtype:
         """What a parameter is stored in; its data are not read."""
@@ -154,19 +172,46 @@ class Checkpoint:
 
     def read_expert(self, target: str, e: int, num_experts: int) -> Tensor:
         """Expert e of a fused parameter [E, a, b], as [a, b]; nothing else of it is read."""
-        source = self.sources[target]
-        if source.converter is None:
-            key = source.keys[0][0]
-            return self._open(self.shards[key]).get_slice(key)[e]
-        if not isinstance(source.converter.operations[0], MergeModulelist):
+        pieces = self.expert_pieces(target, e, num_experts)
+        if pieces is None:
             return self.read(target)[e]  # a converter that mixes experts: rare, and then a whole parameter at a time
-        by_pattern = self._by_pattern(target, num_experts)
-        return self._assemble(target, [(keys[e], pattern) for pattern, keys in by_pattern.items()], self.tensor)[0]
+        return self.assemble(target, pieces, [self.read_piece(piece) for piece in pieces])[0]
+
+    def expert_pieces(self, target: str, e: int, num_experts: int) -> list[Piece] | None:
+        """Where expert e of a fused parameter lies, in the converter's order: whole tensors, or rows of fused ones."""
+        source = self.sources[target]
+        operations = [] if source.converter is None else source.converter.operations
+        if all(keeps_experts_apart(operation) for operation in operations):
+            return [Piece(key, pattern, self._rows_of_expert(key, e, num_experts)) for key, pattern in source.keys]
+        if not isinstance(operations[0], MergeModulelist):
+            return None
+        return [Piece(keys[e], pattern, None) for pattern, keys in self._by_pattern(target, num_experts).items()]
+
+    def _rows_of_expert(self, key: str, e: int, num_experts: int) -> tuple[int, int]:
+        """Of a tensor that holds all experts, one after another: the entries of its first dimension that are e's."""
+        each = self.entry(key).shape[0] // num_experts
+        return e * each, (e + 1) * each
+
+    def piece_shape(self, piece: Piece) -> tuple[int, ...]:
+        shape = self.entry(piece.key).shape
+        return shape if piece.rows is None else (piece.rows[1] - piece.rows[0], *shape[1:])
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        if piece.rows is None:
+            return self.tensor(piece.key)
+        return self.file(self.shards[piece.key]).read_rows(piece.key, *piece.rows)
+
+    def assemble(self, target: str, pieces: list[Piece], tensors: list[Tensor]) -> Tensor:
+        """What the converter makes of `tensors`, one for each piece."""
+        found = iter(tensors)
+        return self._assemble(target, [(piece.key, piece.pattern) for piece in pieces], lambda _: next(found))
 
     def _by_pattern(self, target: str, num_experts: int) -> dict[str, list[str]]:
         """The converter's pattern -> the tensors that match it, one for each expert where the experts are apart."""
         source = self.sources[target]
-        by_pattern: dict[str, list[str]] = {}
+        if target in self._patterns:
+            return self._patterns[target]
+        by_pattern = self._patterns[target] = {}
         for key, pattern in source.keys:
             by_pattern.setdefault(pattern, []).append(key)
         if source.converter is None or not isinstance(source.converter.operations[0], MergeModulelist):
@@ -207,12 +252,8 @@ class Checkpoint:
                     digest.update(file.read(BLOCK_BYTES))
         return digest.hexdigest()
 
-    def close(self) -> None:
-        """Drop the mapped files: on Windows these can be neither replaced nor deleted. Reading maps them again."""
-        self._files.clear()
-
     def num_layers(self) -> int:
-        return int(self.config.get_text_config().num_hidden_layers)
+        return len(find_layers(self.model)[1])
 
     def expert_parameters(self) -> dict[str, tuple[str, str]]:
         """The experts modules: name -> (full name of the first projection, of the second)."""
@@ -224,20 +265,14 @@ class Checkpoint:
         return found
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def open_shard(path: Path) -> Any:
-    """The safetensors file, mapped, its header read."""
-    try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: this file of the checkpoint is missing; download it again") from None
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({one_line(error)}); download it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); check its rights") from None
+def keeps_experts_apart(operation: Any) -> bool:
+    """Whether a step of a converter leaves the first dimension, the experts', alone: then one expert's rows make the
+    same of themselves as they do among all. Adapters mark steps of their own (`expertwise`)."""
+    if type(operation) is Concatenate:
+        return operation.dim > 0
+    if type(operation) is Transpose:  # with check_dims it compares with the shape of the whole
+        return operation.dim0 > 0 and operation.dim1 > 0 and not operation.check_dims
+    return getattr(operation, "expertwise", False)
 
 
 def resolve_model(model: str) -> Path:
@@ -299,7 +334,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """checkpoint key -> shard file name. A single file goes before an index, as in transformers."""
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():
-        return dict.fromkeys(open_shard(single).keys(), SINGLE_NAME)
+        return dict.fromkeys(TensorFile(single).entries, SINGLE_NAME)
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -335,7 +370,10 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
     """
     cls = model_class(config)
     config = copy.deepcopy(config)
-    config.get_text_config().output_router_logits = False  # the loss is ours; no auxiliary term
+    text = config.get_text_config()
+    text.output_router_logits = False  # the loss is ours; no auxiliary term
+    if cls.config_class is type(text):  # the class of the text part alone, for a multimodal checkpoint too
+        config = text
     try:
         with torch.device("meta"):
             model = cls._from_config(
@@ -348,6 +386,8 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
         raise UserError(f"MODEL: transformers {transformers.__version__} cannot build {cls.__name__} from config.json "
                         f"({one_line(error)[:300]})") from None  # fmt: skip
     if not any(is_experts_module(m) for m in model.modules()):
-        raise UserError(f"MODEL: {config.model_type} has no MoE layers that transformers' experts interface serves; "
-                        "USAF trains experts, so choose a Mixture-of-Experts model")  # fmt: skip
+        adapters.adapt(model)
+    if not any(is_experts_module(m) for m in model.modules()):
+        raise UserError(f"MODEL: {config.model_type} has no MoE layers that transformers' experts interface or an "
+                        "adapter serves; USAF trains experts, so choose a Mixture-of-Experts model")  # fmt: skip
     return model.eval()

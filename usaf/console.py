@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -34,6 +35,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {' '.join(message.split())}; see --help")
+
+
+def add_delta_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The flags of every command on a saved delta; `session.settings_of_run` turns them into settings.
+
+    required: --delta must be given.
+    """
+    parser.add_argument("--delta", type=Path, required=required, help="delta.safetensors of a run")
+    parser.add_argument("--model", help="the base model, if it has moved since the run")
+    parser.add_argument("--quant", metavar="PATH", help="the 4-bit experts, if they have moved since the run")
+    parser.add_argument("--use-cuda", choices=("0", "1"), help="another device than the run's; its bits may differ")
+
+
+def add_base_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", action="store_true", help="leave the delta out: the 4-bit base alone")
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
 def say(line: str = "") -> None:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from usaf.errors import UserError
-from usaf.files import TensorFileWriter, replacing
+from usaf.files import replacing
+from usaf.tensor_file import TensorFileWriter
 
 FORMAT = "usaf-delta-1"
 INT32_LIMIT = 2**31

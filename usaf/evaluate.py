@@ -10,22 +10,18 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from usaf.console import Parser, run_command, say, table
+from usaf.console import Parser, add_base_flag, add_delta_flags, add_json_flag, run_command, say, table
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m usaf.evaluate", "Evaluate a saved delta.")
-    parser.add_argument("--delta", type=Path, required=True, help="delta.safetensors of a run")
-    parser.add_argument("--model", help="the base model, if it has moved since the run")
-    parser.add_argument("--quant", metavar="PATH", help="the 4-bit experts, if they have moved since the run")
+    add_delta_flags(parser)
     parser.add_argument("--dataset", help="the run's training data, if it has moved (its in_domain split is evaluated)")
     parser.add_argument("--heldout", help="held-out data in place of the run's: JSONL files, comma-separated")
-    parser.add_argument("--use-cuda", choices=("0", "1"), help="another device than the run's; its bits may differ")
-    parser.add_argument("--base", action="store_true", help="leave the delta out: the 4-bit base alone")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_base_flag(parser)
+    add_json_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -36,22 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate_command(arguments: argparse.Namespace) -> int:
     from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
-    from usaf.session import apply_delta, evaluate_all, load, prepare
-    from usaf.settings import ResolvedSettings
+    from usaf.session import apply_delta, evaluate_all, load, prepare, settings_of_run
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
     delta = load_delta(arguments.delta)
-    settings = ResolvedSettings.from_json(delta.about["settings"])
-    moved = {"model": arguments.model, "quant_path": arguments.quant, "dataset_path": arguments.dataset,
-             "heldout_path": arguments.heldout}  # fmt: skip
-    if arguments.use_cuda is not None:
-        settings = settings.replace("flag", use_cuda=arguments.use_cuda == "1")
+    moved = {"dataset_path": arguments.dataset, "heldout_path": arguments.heldout}
+    settings = settings_of_run(delta, arguments)
     settings = settings.replace("flag", **{name: value for name, value in moved.items() if value is not None})
-    used = delta.about["decisions"]["quant_path"]
-    # A base that has moved has its own 4-bit file beside it.
-    if arguments.model is None and settings.values.quant_path is None and Path(used).is_file():
-        settings = settings.replace("run", quant_path=used)
     session = prepare(settings, delta.about["decisions"], train=False)
     load(session)
     if not arguments.base:

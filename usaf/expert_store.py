@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from usaf.checkpoint import Checkpoint, one_line
+from usaf.checkpoint import Checkpoint
 from usaf.errors import UserError
-from usaf.files import TensorFileWriter, hash_file, replacing, require_space, require_writable
+from usaf.files import hash_file, replacing, require_space, require_writable
 from usaf.quantization import QuantizedTensor, quantize, read_entry
+from usaf.tensor_file import TensorFileWriter, one_line
 
 FILE_NAME, LEGACY_NAME = "experts_q4.safetensors", "experts_q4.pt"
 FORMAT = "usaf-experts-1"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from usaf.errors import UserError
 from usaf.kernels.sampled import sampled_gradient
 from usaf.quantization import QuantizedTensor, dequantize
 
@@ -344,6 +345,20 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
 def is_experts_module(module: nn.Module) -> bool:
     """transformers marks every experts module of its interface with these attributes, whatever the class is called."""
     return hasattr(module, "is_transposed") and hasattr(module, "has_bias") and hasattr(module, "has_gate")
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's layers and their name: the outermost list of modules that experts are in."""
+    experts = [name for name, module in model.named_modules() if is_experts_module(module)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(e.startswith(f"{name}.") for e in experts)
+    ]
+    if not found:
+        raise UserError(f"MODEL: the experts of {type(model).__name__} are in no list of layers; this family is not "
+                        "supported yet")  # fmt: skip
+    return min(found, key=lambda item: item[0].count("."))
 
 
 def projection_names(module: nn.Module) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writes, a streaming safetensors writer, folder locks, hashes.
+"""Files that are complete or absent: atomic writes, folder locks, hashes.
 
 Everything is written to a temporary name in the same folder, flushed to the disk, then renamed; a process killed at any
 moment leaves the old file or the new one. Nothing here replaces a file that is mapped: Windows forbids that.
@@ -15,20 +15,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from torch import Tensor
-
 from usaf.errors import RunError, UserError
 
-SAFETENSORS_DTYPES = {
-    torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
-    torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO} if os.name != "nt" else {errno.ENOSPC}
 
 
@@ -148,46 +141,6 @@ def json_numbers(value: Any) -> Any:
 def write_json(path: Path, data: object) -> None:
     with replacing(path) as file:
         file.write((json.dumps(json_numbers(data), indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-
-
-class TensorFileWriter:
-    """A safetensors file written piece by piece, for tensors that together exceed the memory.
-
-    The header (names, dtypes, shapes) is known beforehand; `write` fills a part of one tensor. 16-bit tensors come
-    before 8-bit ones so that every tensor starts at a multiple of its item size and can be mapped.
-    Format: https://github.com/huggingface/safetensors, 8 bytes of header length, JSON, then the data without holes.
-    """
-
-    def __init__(self, file: IO[bytes], shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-                 metadata: Mapping[str, str]) -> None:  # fmt: skip
-        self.file = file
-        header: dict[str, Any] = {"__metadata__": dict(metadata)}
-        self.spans: dict[str, tuple[int, int]] = {}
-        end = 0
-        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item[1][0].itemsize):
-            start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-            self.spans[name] = (start, end)
-        text = json.dumps(header).encode("utf-8")
-        text += b" " * (-(len(text) + 8) % 64)
-        self.data_start = 8 + len(text)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(self.data_start + end)
-
-    def write(self, name: str, first_item: int, values: Tensor) -> None:
-        """Place `values` at item `first_item` of the flattened tensor `name`."""
-        start, end = self.spans[name]
-        at = start + first_item * values.element_size()
-        data = tensor_bytes(values)
-        assert at + data.nbytes <= end
-        self.file.seek(self.data_start + at)
-        self.file.write(data)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in memory order, without a copy where it is contiguous on the host."""
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
 
 
 def hash_file(path: Path) -> str:

@@ -27,9 +27,10 @@ from usaf.data import Batch
 from usaf.devices import Backend
 from usaf.errors import UserError
 from usaf.expert_store import ExpertStore
-from usaf.experts import ExpertBank, attach_banks, is_experts_module, projection_names
-from usaf.files import fingerprint, tensor_bytes
+from usaf.experts import ExpertBank, attach_banks, find_layers, is_experts_module, projection_names
+from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
+from usaf.tensor_file import tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,8 @@ def widen_router_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that runs the layers, their name, and they: the outermost list as long as the model is deep."""
-    depth = model.config.get_text_config().num_hidden_layers
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not found:
-        raise UserError(
-            f"MODEL: {model.config.model_type} has no list of {depth} layers; this family is not supported yet"
-        )
-    name, layers = min(found, key=lambda item: item[0].count("."))
+    """The module that runs the layers, their name, and they."""
+    name, layers = find_layers(model)
     return model.get_submodule(name.rpartition(".")[0]), name, layers
 
 
@@ -198,7 +193,9 @@ def find_moe_layers(model: PreTrainedModel, layers_name: str) -> list[MoeLayer]:
 def router_path(model: PreTrainedModel, experts_name: str, experts: nn.Module) -> str:
     """The full name of the module that owns the router weight of these experts."""
     block, _, own = experts_name.rpartition(".")
-    return f"{block}.{find_router(model.get_submodule(block), own, experts.up_bank.num_experts)}"  # type: ignore
+    bank: Any = experts.up_bank
+    rows = getattr(experts, "router_rows", bank.num_experts)  # some of those with an adapter choose among more
+    return f"{block}.{find_router(model.get_submodule(block), own, int(rows))}"
 
 
 def find_router(block: nn.Module, experts_name: str, num_experts: int) -> str:
@@ -280,11 +277,11 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, routers: set[str
     if value.is_floating_point():
         if attribute in owner._buffers or keeps_fp32(model, name, routers):
             value = value.to(torch.float64 if backend.compute_dtype == torch.float64 else torch.float32)
-        elif type(owner) in (nn.Linear, nn.Embedding):
+        elif type(owner) in (nn.Linear, nn.Embedding) or getattr(owner, "in_stored_type", False):
             value = backend.held(value)
         else:
             value = value.to(backend.compute_dtype)
-    value = value.clone()  # the checkpoint's files are not to stay mapped
+    value = value.clone()  # a converter may hand out a view of something larger
     if attribute in owner._parameters:
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:

@@ -27,8 +27,9 @@ from torch import Tensor
 from usaf.console import say
 from usaf.data import Rows
 from usaf.errors import UserError
-from usaf.files import fingerprint, flush, flush_folder, tensor_bytes
+from usaf.files import fingerprint, flush, flush_folder
 from usaf.model import SparseModel
+from usaf.tensor_file import tensor_bytes
 
 STRETCH_BYTES = 512 << 20
 """Activations held at once while a stretch of chunks goes through the frozen layers one layer at a time."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from usaf.console import LateBar, Parser, run_command, say
+from usaf.console import LateBar, Parser, add_json_flag, run_command, say
 from usaf.errors import UserError
 
 
@@ -20,7 +20,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--group-size", type=int, default=128, help="weights that share a scale (default 128)")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8), help="bits a weight (default 4)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_json_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.group_size < 8 or arguments.group_size > 1024 or arguments.group_size % 2:
         raise UserError(f"--group-size {arguments.group_size}: must be even, from 8 to 1024; 128 is the default")
@@ -57,7 +57,6 @@ def quantize_command(arguments: argparse.Namespace) -> int:
             "seconds_total": time.perf_counter() - began, "peak_memory_bytes": memory.private,
             "peak_resident_bytes": memory.resident,
         })  # fmt: skip
-    checkpoint.close()
     return 0
 
 

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from usaf.errors import RunError, UserError
-from usaf.files import FULL_DISK, FolderLock, TensorFileWriter, flush, flush_folder, json_numbers, write_json
+from usaf.files import FULL_DISK, FolderLock, flush, flush_folder, json_numbers, write_json
 from usaf.settings import ResolvedSettings
+from usaf.tensor_file import TensorFileWriter
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 

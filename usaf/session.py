@@ -2,11 +2,12 @@
 
 `prepare` checks all that can be checked cheaply (settings, headers, data) before anything is written; `load` then
 makes or maps the 4-bit file and builds the model. Training and evaluation both come this way, with the same decisions,
-so they compute the same bits.
+so they compute the same bits. Commands that need no data begin with `prepare_model` instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -23,7 +24,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from usaf import __version__
-from usaf.checkpoint import Checkpoint, one_line, resolve_model
+from usaf.checkpoint import Checkpoint, resolve_model
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
@@ -40,33 +41,41 @@ from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
+from usaf.tensor_file import one_line
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
 
 
-@dataclass
-class Session:
-    """One prepared command. `decisions`: every choice that a measurement or the machine made, kept with the results."""
+@dataclass(kw_only=True)
+class ModelSession:
+    """One prepared command, as far as its model goes. `decisions`: every choice that a measurement or the machine made,
+    kept with the results."""
 
     settings: ResolvedSettings
     backend: Backend
     checkpoint: Checkpoint
-    data: TrainingData
     decisions: dict[str, Any]
     store: ExpertStore | None = None  # the 4-bit experts, where there are any yet
-    order: DataOrder | None = None
     model: SparseModel = field(init=False)
     loaded: bool = False  # whether `model` is there
-
-    def __post_init__(self) -> None:
-        self.stored_dtype = stored_dtype(self.checkpoint)
 
     @property
     def start(self) -> int:
         assert self.settings.values.train_from is not None
         return self.settings.values.train_from
+
+
+@dataclass(kw_only=True)
+class Session(ModelSession):
+    """One prepared command with its data."""
+
+    data: TrainingData
+    order: DataOrder | None = None
+
+    def __post_init__(self) -> None:
+        self.stored_dtype = stored_dtype(self.checkpoint)
 
     def chunk_rows(self, rows: Rows) -> int:
         """Sequences in one chunk of the prefix."""
@@ -142,22 +151,45 @@ def prepare(settings: ResolvedSettings, decisions: dict[str, Any] | None = None,
     decisions: those of an earlier process, which this one must share (resume, evaluation).
     train: False reads one training sequence only.
     """
+    base = prepare_model(settings, decisions)
+    data = read_data(base.settings, base.checkpoint, train)
+    settings = resolve_steps(base.settings, data.train) if train else base.settings
+    session = Session(
+        settings=settings, backend=base.backend, checkpoint=base.checkpoint, decisions=base.decisions, store=base.store,
+        data=data,
+    )  # fmt: skip
+    if train:
+        rows, values = session.data.train, settings.values
+        session.order = DataOrder(len(rows), session.chunk_rows(rows), values.microbatch, values.seed)
+    return session
+
+
+def prepare_model(settings: ResolvedSettings, decisions: dict[str, Any] | None = None) -> ModelSession:
+    """Check settings against the checkpoint; no data are read, and nothing is written."""
     values = settings.values
     backend = choose_backend(values.use_cuda, values.use_amp)
     chosen = decide(values, backend, decisions or {})
     torch.set_num_threads(chosen["threads"])
     attention = chosen["attention"]
     checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
-    settings = resolve_train_from(settings, checkpoint)
-    store = open_quantised(checkpoint, values)
-    data = read_data(settings, checkpoint, train)
-    if train:
-        settings = resolve_steps(settings, data.train)
-    session = Session(settings, backend, checkpoint, data, chosen, store)
-    if train:
-        rows = session.data.train
-        session.order = DataOrder(len(rows), session.chunk_rows(rows), values.microbatch, values.seed)
-    return session
+    return ModelSession(
+        settings=resolve_train_from(settings, checkpoint), backend=backend, checkpoint=checkpoint, decisions=chosen,
+        store=open_quantised(checkpoint, values),
+    )  # fmt: skip
+
+
+def settings_of_run(delta: Delta, arguments: argparse.Namespace) -> ResolvedSettings:
+    """The settings of the run that saved `delta`, but for what the flags of `console.add_delta_flags` say has moved."""
+    settings = ResolvedSettings.from_json(delta.about["settings"])
+    if arguments.use_cuda is not None:
+        settings = settings.replace("flag", use_cuda=arguments.use_cuda == "1")
+    moved = {"model": arguments.model, "quant_path": arguments.quant}
+    settings = settings.replace("flag", **{name: value for name, value in moved.items() if value is not None})
+    used = delta.about["decisions"]["quant_path"]
+    # A base that has moved has its own 4-bit file beside it.
+    if arguments.model is None and settings.values.quant_path is None and Path(used).is_file():
+        settings = settings.replace("run", quant_path=used)
+    return settings
 
 
 def decide(values: Settings, backend: Backend, earlier: dict[str, Any]) -> dict[str, Any]:
@@ -265,12 +297,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         ) from None
 
 
-def load(session: Session, done: PhaseDone | None = None) -> None:
+def load(session: ModelSession, done: PhaseDone | None = None) -> None:
     """The 4-bit experts (made where there are none), the model, and its trainable layers in their place."""
     values = session.settings.values
     bar = LateBar("quantise", "expert", done)
     try:
-        store = session.store or open_or_make(
+        session.store = store = session.store or open_or_make(
             session.checkpoint, values.quant_path, values.group_size, values.quant_bits, bar
         )
     finally:
@@ -278,7 +310,6 @@ def load(session: Session, done: PhaseDone | None = None) -> None:
     began = time.perf_counter()
     session.model = build_model(session.checkpoint, store, session.backend)
     session.loaded = True
-    session.checkpoint.close()
     for layer in range(session.start, session.model.num_layers):
         if session.backend.device.type != "cpu":
             session.model.place(layer, session.backend.device)
@@ -288,7 +319,7 @@ def load(session: Session, done: PhaseDone | None = None) -> None:
         done("load", time.perf_counter() - began)
 
 
-def choose_resident(session: Session) -> None:
+def choose_resident(session: ModelSession) -> None:
     """USE_RESIDENT: keep the trainable layers' base decoded in 16 bits where that is faster and fits."""
     banks = [bank for moe in session.model.moe_from(session.start) for bank in moe.banks]
     chosen = session.decisions["resident"]
@@ -338,7 +369,7 @@ def make_resident(bank: ExpertBank) -> None:
     bank.resident = copies
 
 
-def apply_delta(session: Session, delta: Delta, path: Path) -> None:
+def apply_delta(session: ModelSession, delta: Delta, path: Path) -> None:
     """Put a trained result onto its base; refuses one of another base."""
     if delta.base_fingerprint != session.model.base_fingerprint:
         raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "

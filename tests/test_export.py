@@ -1,0 +1,457 @@
+"""`python -m usaf.export`: what is written, judged by transformers and by the bytes; bad input, a line each.
+
+The expected values are worked out here from the delta file, the source as transformers loads it and `dequantize`, with
+none of the code that merges.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from families import FAMILIES, build, random_batch, tiny_config, write_checkpoint
+from runs import World, read_json
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from usaf import merge as merge_module
+from usaf import merged_folder
+from usaf.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from usaf.expert_store import FILE_NAME, read_store
+from usaf.export import main
+from usaf.merged_folder import ABOUT_NAME
+from usaf.quantization import dequantize
+from usaf.session import DataOrder
+
+SHORT = {"STEPS": 3, "RESELECT_EVERY": 0, "EVAL_EVERY": 0, "LR_PEAK": "2e-4", "EVAL_SAMPLES": 2}
+
+
+class Run(NamedTuple):
+    """A short run on a tiny checkpoint."""
+
+    model: Path
+    delta: Path
+    world: World
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """The run of a family, made once. shard: largest size of a file of the checkpoint; extra: more tensors for it."""
+    made: dict[tuple[str, str, bool], Run] = {}
+
+    def run(family: str = "qwen3_moe", shard: str = "1GB", extra: dict[str, Tensor] | None = None) -> Run:
+        key = family, shard, extra is not None
+        if key not in made:
+            world = World(tmp_path_factory.mktemp(family), family)
+            if extra is not None:
+                path = world.model / SINGLE_NAME
+                save_file({**load_file(path), **extra}, path, metadata={"format": "pt"})
+            if shard != "1GB":
+                model = AutoModelForCausalLM.from_pretrained(world.model)
+                shutil.rmtree(world.model)
+                model.save_pretrained(world.model, max_shard_size=shard)
+            folder = world.finished("short", **SHORT)
+            made[key] = Run(world.model, folder / "delta.safetensors", world)
+        return made[key]
+
+    return run
+
+
+def export(run: Run, output: Path, *flags: str) -> dict[str, Any]:
+    """The figures of an export that succeeds."""
+    figures = output.with_name(f"{output.name}.json")
+    assert main(["--delta", str(run.delta), "--output", str(output), "--json", str(figures), *flags]) == 0
+    return dict(read_json(figures))
+
+
+def loaded(folder: Path, dtype: Any = torch.float32) -> dict[str, Tensor]:
+    """What transformers makes of a folder."""
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).state_dict())
+
+
+def deltas(run: Run) -> dict[str, Tensor]:
+    """Parameter -> its delta as transformers lays it out, dense, zero where nothing is trained."""
+    found = {}
+    shapes = {name: entry.shape for name, entry in read_store(run.model / FILE_NAME).entries.items()}
+    model = Checkpoint(run.model).model
+    with safe_open(run.delta, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.endswith(".indices"):
+                target = name.removesuffix(".indices")
+                dense = torch.zeros(torch.Size(shapes[target]).numel())
+                dense[file.get_tensor(name).long()] = file.get_tensor(f"{target}.values")
+                dense = dense.reshape(shapes[target])
+                transposed = model.get_submodule(target.rpartition(".")[0]).is_transposed
+                found[target] = dense.transpose(1, 2) if transposed else dense
+    assert found
+    assert all(bool((dense != 0).any()) for dense in found.values())
+    return found
+
+
+def bases(run: Run) -> dict[str, Tensor]:
+    """Parameter -> its 4-bit weights, decoded, as transformers lays them out."""
+    model = Checkpoint(run.model).model
+    found = {}
+    for target, entry in read_store(run.model / FILE_NAME).entries.items():
+        weight = dequantize(entry)
+        found[target] = (
+            weight.transpose(1, 2) if model.get_submodule(target.rpartition(".")[0]).is_transposed else weight
+        )
+    return found
+
+
+def routers(run: Run) -> dict[str, Tensor]:
+    with safe_open(run.delta, "pt") as file:
+        return {n: file.get_tensor(n) for n in file.keys() if not n.endswith((".indices", ".values"))}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onto_the_original_weights(run_of: Callable[..., Run], family: str, tmp_path: Path) -> None:
+    """bf16: changed are exactly the weights whose rounded sum differs, and the lost share is counted right."""
+    run = run_of(family)
+    figures = export(run, tmp_path / "out", "--no-evaluate")
+    before, after, trained = loaded(run.model), loaded(tmp_path / "out"), deltas(run)
+    assert set(before) == set(after)
+    active = changed = 0
+    for name, base in before.items():
+        if name in trained:
+            expected = (base + trained[name]).to(torch.bfloat16).float()
+            assert torch.equal(after[name], expected), name
+            moved = after[name] != base
+            assert not (moved & (trained[name] == 0)).any()
+            active += int((trained[name] != 0).sum())
+            changed += int(moved.sum())
+        elif name in routers(run):
+            assert torch.equal(after[name], routers(run)[name].to(torch.bfloat16).float()), name
+        else:
+            assert torch.equal(after[name], base), name
+    assert (figures["active_nonzero_elements"], figures["changed_elements"]) == (active, changed)
+    assert figures["share_lost_to_rounding"] == pytest.approx(1 - changed / active)
+    assert 0 < changed < active
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_fp32_exactly_the_trained_weights_change(run_of: Callable[..., Run], family: str, tmp_path: Path) -> None:
+    run = run_of(family)
+    figures = export(run, tmp_path / "out", "--no-evaluate", "--dtype", "fp32")
+    before, trained = loaded(run.model), deltas(run)
+    after = loaded(tmp_path / "out", "auto")  # as a user loads it: config.json must say fp32
+    for name, dense in trained.items():
+        assert torch.equal(after[name] != before[name], dense != 0), name
+        assert torch.equal(after[name], before[name] + dense), name
+    for name, weight in routers(run).items():
+        assert torch.equal(after[name], weight)
+    assert figures["share_lost_to_rounding"] == 0
+    assert figures["changed_elements"] == sum(int((dense != 0).sum()) for dense in trained.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onto_the_dequantized_base(run_of: Callable[..., Run], family: str, tmp_path: Path) -> None:
+    """Every expert, of frozen layers too, is dequantise + delta; the logits are those of the training process."""
+    run = run_of(family)
+    export(run, tmp_path / "out", "--no-evaluate", "--base", "dequantized", "--dtype", "fp32")
+    after, trained, base = loaded(tmp_path / "out", "auto"), deltas(run), bases(run)
+    assert len(base) > len(trained)
+    for name, weight in base.items():
+        assert torch.equal(after[name], weight + trained.get(name, torch.zeros(()))), name
+    model = build(run.model)
+    with safe_open(run.delta, "pt") as file:
+        for moe in model.moe:
+            for name, bank in zip(moe.names, moe.banks, strict=True):
+                if name in trained:
+                    bank.set_active(file.get_tensor(f"{name}.indices").long(), file.get_tensor(f"{name}.values"))
+            if moe.router_name in routers(run):
+                moe.router_weight.data.copy_(file.get_tensor(moe.router_name))
+    batch = random_batch([[20], [17]])
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
+    with torch.no_grad():
+        theirs = reference(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        hidden = model.run_layers(batch, 0, model.num_layers)
+        ours = model.logits(hidden.reshape(-1, hidden.shape[-1])).view_as(theirs)
+    assert float((ours - theirs).abs().max()) < 1e-5
+
+
+def raw_tensors(folder: Path) -> dict[str, tuple[str, str, bytes]]:
+    """Tensor -> (shard, type, bytes), read by hand."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == FILE_NAME:
+            continue
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = path.name, entry["dtype"], data[start + begin : start + end]
+    return found
+
+
+@pytest.mark.parametrize("shard", ["1GB", "40KB"], ids=["one file", "sharded"])
+def test_names_shards_types_and_untouched_bytes_are_the_sources(
+    run_of: Callable[..., Run], shard: str, tmp_path: Path
+) -> None:
+    run = run_of(shard=shard)
+    export(run, tmp_path / "out", "--no-evaluate")
+    before, after = raw_tensors(run.model), raw_tensors(tmp_path / "out")
+    assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
+    changed = {n for n in before if before[n][2] != after[n][2]}
+    layers = [f"model.layers.{i}.mlp." for i in (2, 3)]
+    assert changed
+    assert all(n.startswith(tuple(layers)) and (".experts." in n or n.endswith(".gate.weight")) for n in changed)
+    assert (tmp_path / "out" / INDEX_NAME).exists() == (shard == "40KB")
+    if shard == "40KB":
+        index = read_json(tmp_path / "out" / INDEX_NAME)
+        assert index["weight_map"] == {n: v[0] for n, v in after.items()}
+        assert index["metadata"]["total_size"] == sum(len(v[2]) for v in after.values())
+
+
+def test_an_expert_whose_tensors_lie_in_two_shards_is_counted_once(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    whole, parts = run_of(), run_of(shard="40KB")
+    homes = read_json(parts.model / INDEX_NAME)["weight_map"]
+    apart = [k for k in homes if k.endswith("gate_proj.weight") and homes[k] != homes[k.replace("gate_", "up_")]]
+    assert apart, "the case does not occur"
+    figures = [export(r, tmp_path / str(i), "--no-evaluate") for i, r in enumerate((whole, parts))]
+    keys = ("active_nonzero_elements", "changed_elements", "experts_changed")
+    assert [figures[0][k] for k in keys] == [figures[1][k] for k in keys]
+
+
+def test_tensors_that_no_class_knows_are_carried_along(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    """Heads for multi-token prediction, vision towers, in whatever type."""
+    extra = {"mtp.0.weight": torch.arange(7.0).to(torch.float8_e4m3fn), "vision.x": torch.ones(2, 2)}
+    run = run_of(extra=extra)
+    export(run, tmp_path / "out", "--no-evaluate")
+    before, after = raw_tensors(run.model), raw_tensors(tmp_path / "out")
+    assert set(before) == set(after)
+    for name in (*extra, "model.embed_tokens.weight"):
+        assert before[name] == after[name]
+
+
+def test_companions_and_config(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    run = run_of()
+    model = Path(shutil.copytree(run.model, tmp_path / "model"))
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "README.md", "pytorch_model.bin", "x.gguf"):
+        (model / name).write_text(name, encoding="utf-8")
+    (model / "subfolder").mkdir()
+    files = {}
+    for i, flags in enumerate(([], ["--dtype", "fp32"])):
+        out = tmp_path / str(i)
+        arguments = ["--delta", str(run.delta), "--model", str(model), "--output", str(out), "--no-evaluate", *flags]
+        assert main(arguments) == 0
+        files[i] = {path.name for path in out.iterdir()}
+    expected = {"tokenizer.json", "chat_template.jinja", "LICENSE", "config.json", "generation_config.json", ABOUT_NAME}
+    assert files[0] == files[1] == expected | {SINGLE_NAME}
+    source = read_json(model / "config.json")
+    assert read_json(tmp_path / "0" / "config.json") == source
+    assert read_json(tmp_path / "1" / "config.json") == {**source, "dtype": "float32"}
+    about = read_json(tmp_path / "1" / ABOUT_NAME)
+    assert about["base"] == "original"
+    assert about["dtype"] == "fp32"
+
+
+def test_dtype_of_composite_configurations() -> None:
+    config = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "n": 1}, "vision_config": {"n": 2}}
+    merged_folder.set_dtype(config, "float32")
+    assert config == {"dtype": "float32", "text_config": {"dtype": "float32", "n": 1}, "vision_config": {"n": 2}}
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_perplexities_are_those_of_the_files(
+    run_of: Callable[..., Run], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As transformers computes them, in fp32, on the sequences of the run; and the run's own to the bit."""
+    run = run_of()
+    figures = export(run, tmp_path / "out", "--base", base, "--dtype", "fp32")
+    out = capsys.readouterr().out
+    assert f"{base} + delta (exported)" in out
+    events = [json.loads(line) for line in (run.delta.parent / "metrics.jsonl").read_text("utf-8").splitlines()]
+    own = {e["name"]: e["loss"] for e in events if e["event"] == "eval" and e["step"] == SHORT["STEPS"]}
+    assert {e["name"]: e["loss_as_trained"] for e in figures["evaluations"]} == own
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
+    samples = [json.loads(line) for line in run.world.other.read_text("utf-8").splitlines()]
+    losses = []
+    for sample in samples:
+        ids = torch.tensor([sample["input_ids"]])
+        with torch.no_grad():
+            losses.append(float(reference(input_ids=ids, labels=ids, use_cache=False).loss))
+    evaluation = next(e for e in figures["evaluations"] if e["name"] == "heldout_other")
+    assert evaluation["tokens"] % (len(samples[0]["input_ids"]) - 1) == 0
+    # Two of the six held-out samples were evaluated, and boundary states are rounded to bf16 on the way.
+    assert min(abs(evaluation[f"loss_{base}"] - (a + b) / 2) for a in losses for b in losses) < 2e-3
+    assert evaluation["loss_original"] != evaluation["loss_dequantized"]
+
+
+def test_both_bases_give_the_same_comparison(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    """One column is read back from the files, the other computed: whichever is which, the figures agree to the bit."""
+    run = run_of()
+    evaluations = [export(run, tmp_path / base, "--base", base)["evaluations"] for base in ("original", "dequantized")]
+    assert evaluations[0] == evaluations[1]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"original", "dequantized"}
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        found[str(path.relative_to(folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
+    return found
+
+
+def refused(
+    run: Run, root: Path, capsys: pytest.CaptureFixture[str], pattern: str, *flags: str, output: str = "out",
+    status: int = 2,
+) -> None:  # fmt: skip
+    """One line, that exit status, and nothing changed anywhere."""
+    before, source = state(root), state(run.model)
+    capsys.readouterr()
+    assert main(["--delta", str(run.delta), "--output", str(root / output), "--no-evaluate", *flags]) == status
+    err = capsys.readouterr().err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert re.search(pattern, line), line
+    assert state(root) == before
+    assert state(run.model) == source
+
+
+def test_an_output_that_is_taken(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    refused(run, tmp_path, capsys, r"--output .*full: is not empty; give a new folder", output="full")
+    refused(run, tmp_path, capsys, r"--output .*x: is a file", output="full/x")
+    refused(run, tmp_path, capsys, r"--output .*y: could not be written", output="full/x/y")
+    refused(run, tmp_path, capsys, r"--output .*model: is not empty", output=str(run.model))
+
+
+def test_an_empty_folder_is_filled(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    export(run_of(), tmp_path / "out", "--no-evaluate")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_delta_of_another_base(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_checkpoint(tmp_path / "other", seed=3)
+    Checkpoint(other)
+    build(other)  # makes its 4-bit file
+    refused(run_of(), tmp_path, capsys, "was trained on another base than .*other", "--model", str(other))
+
+
+def test_a_broken_source(run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(shard="40KB")
+    model = Path(shutil.copytree(run.model, tmp_path / "model"))
+    shard = sorted(model.glob("model-*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    refused(run, tmp_path, capsys, rf"{shard.name}: not a whole safetensors file", "--model", str(model))
+    shard.unlink()
+    refused(run, tmp_path, capsys, rf"{shard.name}: this file of the checkpoint is missing", "--model", str(model))
+
+
+def test_a_source_without_its_experts(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run needs the 4-bit file alone; an export has nothing to write into."""
+    run = run_of()
+    model = Path(shutil.copytree(run.model, tmp_path / "model"))
+    tensors = {name: t.clone() for name, t in load_file(model / SINGLE_NAME).items() if ".experts." not in name}
+    save_file(tensors, model / SINGLE_NAME, metadata={"format": "pt"})
+    pattern = r"has no tensor for model\.layers\.0\.mlp\.experts\.gate_up_proj, so it cannot be written back"
+    refused(run, tmp_path, capsys, pattern, "--model", str(model))
+
+
+def test_a_disk_that_is_too_small(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(run_of(), tmp_path, capsys, r"the exported model needs 0\.\d\d GB and the disk has 0\.00 GB free")
+
+
+def test_a_disk_that_fills_up(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(merged_folder.TensorFileWriter, "copy", full)
+    refused(run_of(), tmp_path, capsys, r"could not be written \(No space left on device\)", status=1)
+
+
+def test_weights_beyond_the_asked_type(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = merge_module.Merge._delta_of
+    monkeypatch.setattr(
+        merge_module.Merge, "_delta_of", lambda self, *a: (large(self, *a)[0], large(self, *a)[1] + 1e5)
+    )
+    refused(run_of(), tmp_path, capsys, r"--dtype: .*reaches 1\d+, beyond torch\.float16; use", "--dtype", "fp16")
+
+
+def test_what_a_killed_export_left_is_removed(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / SINGLE_NAME).write_bytes(b"half")
+    export(run_of(), tmp_path / "out", "--no-evaluate")
+    assert not left.exists()
+
+
+def test_an_export_needs_no_data(run_of: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of()
+    monkeypatch.setattr(DataOrder, "__init__", lambda *_: pytest.fail("data were read"))
+    hidden = run.world.data.rename(run.world.data.with_suffix(".gone"))
+    try:
+        export(run, tmp_path / "out", "--no-evaluate")
+    finally:
+        hidden.rename(run.world.data)
+
+
+def test_one_expert_in_memory_at_a_time(
+    run_of: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No read and no write is larger than one expert's tensors or one dense tensor; each expert is merged once."""
+    run = run_of("gpt_oss")  # fused tensors
+    merged: list[tuple[str, int]] = []
+    merge_pieces = merge_module.Merge._merge_pieces
+    monkeypatch.setattr(
+        merge_module.Merge, "_merge_pieces",
+        lambda self, target, e: (merged.append((target, e)), merge_pieces(self, target, e))[1],
+    )  # fmt: skip
+    export(run, tmp_path / "out", "--no-evaluate", "--base", "dequantized")
+    experts, layers = tiny_config("gpt_oss").num_local_experts, tiny_config("gpt_oss").num_hidden_layers
+    assert len(merged) == len(set(merged)) == 2 * layers * experts
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "no delta": (["--output", "{tmp}/o"], r"usaf\.export: the following arguments are required: --delta; see --help"),
+    "no output": (["--delta", "{tmp}/d"], "the following arguments are required: --output"),
+    "unknown flag": (["--delta", "x", "--output", "{tmp}/o", "--bas", "original"], "unrecognized arguments: --bas"),
+    "unknown base": (["--delta", "x", "--output", "{tmp}/o", "--base", "4bit"], "argument --base: invalid choice"),
+    "unknown type": (["--delta", "x", "--output", "{tmp}/o", "--dtype", "int8"], "argument --dtype: invalid choice"),
+    "no such delta": (["--delta", "{tmp}/d", "--output", "{tmp}/o"], r"--delta .*d: no such file"),
+    "json is a folder": (["--delta", "x", "--output", "{tmp}/o", "--json", "{tmp}"], "--json .*: is a folder"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_argument_is_one_line(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, pattern = BAD[what]
+    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(pattern, err), err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,253 @@
+"""The trained result in the checkpoint's own tensors: what each of them holds after the merge.
+
+    onto the original base      the stored tensor + delta           what other programs expect of a fine-tune
+    onto the dequantised base   dequantise(4-bit) + delta           exactly what was trained, for every expert
+
+summed in fp32 and rounded once to the type of the output; nothing is ever quantised again, since deltas are smaller
+than half a step of a 4-bit weight. Routers are whole in the delta and replace the stored ones.
+
+Writing back needs no inverse of transformers' converters. They only move values (stack, concatenate, transpose,
+interleave), so sending the *addresses* 0, 1, 2, ... of the stored values through the forward converter says for each
+weight of a fused expert where it lies in the checkpoint. One expert is in memory at a time.
+
+Shape legend: E experts; a fused parameter is [E, a, b] in the model and [E, out, in] in the 4-bit file and the delta
+(a, b are out, in, or in, out where the family is transposed).
+
+Left out: writing files and configuration (`export`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from usaf.checkpoint import Checkpoint, Piece
+from usaf.delta import Delta
+from usaf.errors import UserError
+from usaf.expert_store import ExpertStore
+from usaf.quantization import dequantize
+
+BaseName = Literal["original", "dequantized"]
+
+
+@dataclass
+class Counts:
+    """What a merge changed. Elements of trained expert parameters, counted as they are written."""
+
+    active: int = 0  # non-zero deltas
+    changed: int = 0  # of these, stored values that differ from the base's, rounded alike
+    experts_changed: set[tuple[str, int]] = field(default_factory=set)  # (experts module, expert)
+
+    @property
+    def share_lost(self) -> float:
+        """Non-zero deltas that rounding to the output's type erased."""
+        return 1 - self.changed / self.active if self.active else 0.0
+
+
+class ExpertKey(NamedTuple):
+    """A tensor of the checkpoint that holds experts: those of `target`; `e` is None where it holds all of them."""
+
+    target: str
+    e: int | None
+
+
+class Merge:
+    """One delta onto one base of one checkpoint.
+
+    Args:
+        dtype: of experts and routers in the output; None keeps what the checkpoint has.
+
+    Raises:
+        UserError: the checkpoint lacks expert tensors, or keeps them in a form that cannot be written back.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, store: ExpertStore, delta: Delta, base: BaseName, dtype: torch.dtype | None
+    ) -> None:
+        self.checkpoint, self.store, self.delta, self.base, self.dtype = checkpoint, store, delta, base, dtype
+        self.transposed = {
+            target: bool(checkpoint.model.get_submodule(name).is_transposed)
+            for name, pair in checkpoint.expert_parameters().items()
+            for target in pair
+        }
+        lacking = checkpoint.missing([*self.transposed, *delta.routers])
+        if lacking:
+            raise UserError(f"{checkpoint.folder}: has no tensor for {lacking[0]}, so it cannot be written back; "
+                            "give the complete checkpoint with --model")  # fmt: skip
+        self.counts = Counts()
+        self._addresses: dict[str, Tensor | None] = {}
+        self._last: tuple[tuple[str, int], dict[Piece, Tensor]] | None = None
+
+    @property
+    def trained_routers(self) -> set[str]:
+        return set(self.delta.routers)
+
+    @property
+    def targets(self) -> list[str]:
+        """The fused parameters that the merge writes anew."""
+        return list(self.delta.experts) if self.base == "original" else list(self.transposed)
+
+    @cached_property
+    def expert_keys(self) -> dict[str, ExpertKey]:
+        """The checkpoint's tensors that `expert_piece` gives, by name."""
+        found = {}
+        for target in self.targets:
+            for e in range(self.num_experts(target)):
+                for piece in self.pieces(target, e):
+                    found[piece.key] = ExpertKey(target, e if piece.rows is None else None)
+        return found
+
+    @cached_property
+    def router_keys(self) -> dict[str, str]:
+        """Checkpoint tensor -> the router weight it is, or is a part of."""
+        return {key: name for name in self.delta.routers for key, _ in self.checkpoint.sources[name].keys}
+
+    def num_experts(self, target: str) -> int:
+        return self.store[target].shape[0]
+
+    def pieces(self, target: str, e: int) -> list[Piece]:
+        pieces = self.checkpoint.expert_pieces(target, e, self.num_experts(target))
+        if pieces is None:
+            raise UserError(f"{self.checkpoint.folder}: {target} mixes experts in one tensor in a way that cannot be "
+                            "written back expert by expert; this family cannot be exported yet")  # fmt: skip
+        return pieces
+
+    def output_dtype(self, key: str) -> torch.dtype:
+        return self.dtype or self.checkpoint.stored_dtype(key)
+
+    # -- experts -------------------------------------------------------------------------------------------------------
+
+    def expert_piece(self, key: str, e: int) -> Tensor:
+        """What the checkpoint's tensor `key` holds of expert e, in the output's type: all of it, or its rows."""
+        target = self.expert_keys[key].target
+        if self._last is None or self._last[0] != (target, e):  # the tensors of an expert lie side by side
+            merged = self._merge_pieces(target, e)
+            self._last = (target, e), dict(zip(self.pieces(target, e), merged, strict=True))
+        return next(tensor for piece, tensor in self._last[1].items() if piece.key == key)
+
+    def expert(self, target: str, e: int) -> Tensor:
+        """[out, in] of expert e after the merge, rounded as in the output, in fp32: what loads from the file."""
+        merged = self.checkpoint.assemble(target, self.pieces(target, e), self._merge_pieces(target, e))[0]
+        return (merged.t() if self.transposed[target] else merged).to(torch.float32)
+
+    def _merge_pieces(self, target: str, e: int) -> list[Tensor]:
+        pieces = self.pieces(target, e)
+        places, values = self._delta_of(target, e)
+        if self.base == "original":
+            base = torch.cat([self.checkpoint.read_piece(p).to(torch.float32).reshape(-1) for p in pieces])
+        else:
+            weight = dequantize(self.store[target].expert(e))[0]
+            base = self._to_checkpoint(target, weight.t() if self.transposed[target] else weight)
+        merged = base.clone()
+        merged[places] += values
+        parts = zip(pieces, self._split(pieces, merged), strict=True)
+        rounded = [self._rounded(piece.key, part) for piece, part in parts]
+        self._count(target, e, places, base, merged, self.output_dtype(pieces[0].key))
+        return rounded
+
+    def _split(self, pieces: list[Piece], flat: Tensor) -> list[Tensor]:
+        """The values of pieces that lie one behind the other, in their shapes."""
+        shapes = [torch.Size(self.checkpoint.piece_shape(piece)) for piece in pieces]
+        parts = flat.split([shape.numel() for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _rounded(self, key: str, values: Tensor) -> Tensor:
+        dtype = self.output_dtype(key)
+        rounded = values.to(dtype)
+        if not torch.isfinite(rounded).all():
+            raise UserError(f"--dtype: {key} reaches {float(values.abs().max()):.6g}, beyond {dtype}; use --dtype bf16 "
+                            "or fp32")  # fmt: skip
+        return rounded
+
+    def _count(self, target: str, e: int, places: Tensor, base: Tensor, merged: Tensor, dtype: torch.dtype) -> None:
+        expert = target.rpartition(".")[0], e
+        changed = int((merged[places].to(dtype) != base[places].to(dtype)).sum())
+        if (target, e) not in self._counted:
+            self._counted.add((target, e))
+            self.counts.active += len(places)
+            self.counts.changed += changed
+            if changed:
+                self.counts.experts_changed.add(expert)
+
+    @cached_property
+    def _counted(self) -> set[tuple[str, int]]:
+        """Experts that were counted: one whose tensors lie in two shards is merged for each."""
+        return set()
+
+    def _delta_of(self, target: str, e: int) -> tuple[Tensor, Tensor]:
+        """(places in the flattened pieces of expert e, values) of its non-zero deltas."""
+        if target not in self.delta.experts:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        indices, values = self.delta.experts[target]
+        _, rows, columns = self.store[target].shape
+        first, end = torch.searchsorted(indices, torch.tensor([e, e + 1]) * (rows * columns)).tolist()
+        within, values = indices[first:end] - e * rows * columns, values[first:end]
+        within, values = within[values != 0], values[values != 0]
+        if self.transposed[target]:
+            row = torch.div(within, columns, rounding_mode="floor")
+            within = (within - row * columns) * rows + row
+        addresses = self._address_map(target)
+        return (within if addresses is None else addresses[within]), values
+
+    def _to_checkpoint(self, target: str, weight: Tensor) -> Tensor:
+        """A router, or [a, b] of one expert, as the values of its pieces, flattened one behind the other."""
+        flat, addresses = weight.reshape(-1), self._address_map(target)
+        if addresses is None:
+            return flat
+        placed = torch.empty_like(flat)
+        placed[addresses] = flat
+        return placed
+
+    def _address_map(self, target: str) -> Tensor | None:
+        """int64: where in its pieces each weight of an expert, or a router, lies; None where they lie in order.
+
+        The same for all experts of a parameter, whose pieces have equal shapes.
+        """
+        if target not in self._addresses:
+            pieces = self.router_pieces(target) if target in self.delta.routers else self.pieces(target, 0)
+            size = sum(torch.Size(self.checkpoint.piece_shape(piece)).numel() for piece in pieces)
+            stored = self._split(pieces, torch.arange(size))
+            addresses = self.checkpoint.assemble(target, pieces, stored).reshape(-1)
+            if len(addresses) != size or not bool((torch.bincount(addresses) == 1).all()):
+                raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
+                                "this family cannot be exported yet")  # fmt: skip
+            self._addresses[target] = None if bool((addresses == torch.arange(len(addresses))).all()) else addresses
+        return self._addresses[target]
+
+    # -- routers -------------------------------------------------------------------------------------------------------
+
+    def router_piece(self, key: str) -> Tensor:
+        """The checkpoint's tensor `key` of a trained router, in the output's type."""
+        name = self.router_keys[key]
+        pieces = self.router_pieces(name)
+        parts = self._split(pieces, self._to_checkpoint(name, self.delta.routers[name]))
+        return self._rounded(key, next(part for piece, part in zip(pieces, parts, strict=True) if piece.key == key))
+
+    def router(self, name: str) -> Tensor:
+        """A router's weight after the merge, rounded as in the output, in fp32: what loads from the file."""
+        pieces = self.router_pieces(name)
+        return self.checkpoint.assemble(name, pieces, [self.router_piece(p.key) for p in pieces]).to(torch.float32)
+
+    def router_pieces(self, name: str) -> list[Piece]:
+        return [Piece(key, pattern, None) for key, pattern in self.checkpoint.sources[name].keys]
+
+
+class StoredWeights:
+    """An exported folder read back: what `Merge` says of its result, from the files."""
+
+    def __init__(self, folder: Path, merge: Merge) -> None:
+        self.checkpoint, self.merge = Checkpoint(folder), merge
+        self.trained_routers = merge.trained_routers
+
+    def expert(self, target: str, e: int) -> Tensor:
+        """[out, in], fp32."""
+        stored = self.checkpoint.read_expert(target, e, self.merge.num_experts(target)).to(torch.float32)
+        return stored.t() if self.merge.transposed[target] else stored
+
+    def router(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).to(torch.float32)

@@ -1,0 +1,150 @@
+"""A merge written as a Hugging Face folder: the source's own names, shards, types, tokenizer and configuration.
+
+Tensors that training did not touch are copied byte for byte, also those that no model class knows (MTP heads, vision
+towers). The folder appears whole or not at all, and the source is only read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import dot_natural_key
+
+from usaf.checkpoint import INDEX_NAME, SINGLE_NAME
+from usaf.errors import RunError, UserError
+from usaf.files import FULL_DISK, flush, flush_folder, require_space, write_json
+from usaf.merge import Merge
+from usaf.tensor_file import TensorFileWriter, tensor_bytes_count
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".partial")
+NOT_COPIED = (INDEX_NAME, "config.json", "README.md", ".gitattributes")
+ABOUT_NAME = "usaf_export.json"
+
+Specs = dict[str, tuple[torch.dtype | str, tuple[int, ...]]]
+"""Tensor -> (type, shape)."""
+
+
+def refuse_taken(output: Path) -> None:
+    """Only a folder that is new or empty is written to."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        what = "is not empty" if output.is_dir() else "is a file"
+        raise UserError(f"--output {output}: {what}; give a new folder, or delete this one first")
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when the block ends well, and vanishes when it does not."""
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)  # of a killed process
+        partial.mkdir(parents=True)
+        yield partial
+        flush_folder(partial)
+        if output.exists():
+            output.rmdir()
+        partial.replace(output)
+        flush_folder(output.parent)
+    except OSError as error:
+        kind = RunError if error.errno in FULL_DISK else UserError
+        raise kind(f"--output {output}: could not be written ({error.strerror or error}); free space or check the "
+                   f"rights of {output.parent}") from error  # fmt: skip
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+    """Every file of the exported model. `progress`: (bytes written, bytes in all).
+
+    Raises:
+        UserError: the disk is too small, before anything is written.
+    """
+    shards = plan_shards(merge)
+    total = sum(tensor_bytes_count(*spec) for specs in shards.values() for spec in specs.values())
+    require_space(folder, total, "the exported model", "free some, or give --output on another disk")
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    for shard, specs in shards.items():
+        write_shard(merge, shard, specs, folder / shard, advance)
+    if set(shards) != {SINGLE_NAME}:
+        write_json(folder / INDEX_NAME, {
+            "metadata": {"total_size": total},
+            "weight_map": {name: shard for shard, specs in shards.items() for name in specs},
+        })  # fmt: skip
+    copy_companions(merge.checkpoint.folder, folder)
+    write_json(folder / "config.json", exported_config(merge))
+    write_json(folder / ABOUT_NAME, about)
+
+
+def plan_shards(merge: Merge) -> dict[str, Specs]:
+    """Output shard -> its tensors: the source's, but for the types that the merge changes."""
+    checkpoint = merge.checkpoint
+    shards: dict[str, Specs] = {}
+    for shard in sorted(set(checkpoint.shards.values())):
+        specs = shards[shard] = {}
+        for name, entry in checkpoint.file(shard).entries.items():
+            if name in merge.expert_keys or name in merge.router_keys:
+                specs[name] = merge.output_dtype(name), entry.shape
+            else:
+                specs[name] = entry.code, entry.shape
+    return shards
+
+
+def write_shard(merge: Merge, shard: str, specs: Specs, path: Path, progress: Callable[[int], None]) -> None:
+    """One file of the output; one expert in memory at a time."""
+    source = merge.checkpoint.file(shard)
+    with open(path, "xb") as file:
+        writer = TensorFileWriter(file, specs, source.metadata)
+        for name in sorted(specs, key=dot_natural_key):  # the tensors of one expert side by side
+            expert = merge.expert_keys.get(name)
+            if name in merge.router_keys:
+                writer.write(name, 0, merge.router_piece(name))
+            elif expert is None:
+                writer.copy(name, source, name)
+            elif expert.e is not None:
+                writer.write(name, 0, merge.expert_piece(name, expert.e))
+            else:
+                for e in range(merge.num_experts(expert.target)):
+                    row = merge.expert_piece(name, e)
+                    writer.write(name, e * row.numel(), row)
+            progress(tensor_bytes_count(*specs[name]))
+        flush(file)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation settings, chat template, licence: every file of the source's folder that is no weights."""
+    for path in sorted(source.iterdir()):
+        is_weights = any(suffix in WEIGHT_SUFFIXES for suffix in path.suffixes)
+        if path.is_file() and not is_weights and path.name not in NOT_COPIED:
+            shutil.copyfile(path, folder / path.name)
+
+
+def exported_config(merge: Merge) -> dict[str, Any]:
+    """The source's config.json. Where the written type is another, it says so: loading would round to the old one."""
+    config: dict[str, Any] = json.loads((merge.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    if merge.dtype is not None:
+        set_dtype(config, str(merge.dtype).removeprefix("torch."))
+    return config
+
+
+def set_dtype(config: dict[str, Any], name: str) -> None:
+    """At the top, and in the parts of a composite configuration that say a type of their own."""
+    config.pop("torch_dtype", None)
+    config["dtype"] = name
+    for part in config.values():
+        if isinstance(part, dict) and ("dtype" in part or "torch_dtype" in part):
+            set_dtype(part, name)
