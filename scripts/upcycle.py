@@ -140,13 +140,15 @@ def upcycle_command(arguments: argparse.Namespace) -> int:
     perplexities = {"dense": perplexity(dense, heldout)}
     layers, figures = convert(dense, calibration, shape, arguments.seed)
     moe = build_mixtral(dense, layers, shape)
+    parameters = sum(parameter.numel() for parameter in moe.parameters())
     del layers, dense
     write(moe, tokenizer, arguments)
     del moe
     perplexities |= measure(arguments.output, heldout, shape, arguments.seed)
     memory.stop()
     report(arguments, shape, figures, perplexities, {name: rows.numel() for name, rows in heldout.items()}, {
-        "calibration_tokens": calibration.numel(), "seconds_total": time.perf_counter() - began,
+        "parameters": parameters, "calibration_tokens": calibration.numel(),
+        "seconds_total": time.perf_counter() - began,
         "peak_memory_bytes": memory.private, "peak_resident_bytes": memory.resident,
     })  # fmt: skip
     return 0
@@ -528,11 +530,6 @@ def report(
     heldout_tokens: dict[str, int],
     costs: dict[str, float],
 ) -> None:
-    from usaf.checkpoint import Checkpoint
-
-    checkpoint = Checkpoint(arguments.output)
-    parameters = sum(p.numel() for p in checkpoint.model.parameters())
-    checkpoint.close()
     worst = {
         "router_fit_lowest": min(f.router_fit for f in figures),
         "expert_load_lowest": min(f.smallest_load for f in figures),
@@ -541,7 +538,7 @@ def report(
         "expert_difference_lowest": min(f.difference for f in figures),
     }
     say(f"{arguments.output}: {shape.construction}, {shape.experts} experts of {shape.width} neurons, "
-        f"top-{shape.top_k}, {parameters:,} parameters, {costs['seconds_total']:.0f} s")  # fmt: skip
+        f"top-{shape.top_k}, {costs['parameters']:,} parameters, {costs['seconds_total']:.0f} s")  # fmt: skip
     say(table([[name, f"{value:.3f}"] for name, value in worst.items()], ["over the layers", ""]))
     if heldout_tokens:
         say()
@@ -550,7 +547,7 @@ def report(
         say(table(rows, ["held-out perplexity", *names]))
     if arguments.json is not None:
         write_json(arguments.json, {
-            "model": str(arguments.model), "output": str(arguments.output), **asdict(shape), "parameters": parameters,
+            "model": str(arguments.model), "output": str(arguments.output), **asdict(shape),
             "seed": arguments.seed, **worst, "heldout_tokens": heldout_tokens, "perplexity": perplexities, **costs,
         })  # fmt: skip
 

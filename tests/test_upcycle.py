@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from smollm2 import tiny_llama
+from smollm2 import fetched_model, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from usaf.train import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import upcycle
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GSM8K = Path(__file__).resolve().parent.parent / "data" / "gsm8k" / "train.jsonl"
 QUICK = ["--experts", "4", "--calibration-tokens", "2048", "--heldout-tokens", "512"]
 
 
@@ -160,3 +163,34 @@ def test_other_models_and_full_folders_are_refused(
         assert problem in capsys.readouterr().err
     assert (full / "mine").read_text() == "keep"
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.slow
+def test_smollm2_becomes_a_mixture_that_usaf_trains(tmp_path: Path) -> None:
+    """The real model with a short calibration: its perplexity stays near the dense one's as long as the router chooses,
+    and three steps of USAF lower the loss on what they saw."""
+    model = fetched_model()
+    found = run(model, tmp_path / "moe", "--experts", "8", "--width", "512", "--calibration-tokens", "4096",
+                "--heldout-tokens", "1024")  # fmt: skip
+    perplexity = found["perplexity"]
+    for name in ("train", "python_docs"):
+        assert 5 < perplexity["dense"][name] < 40
+        assert perplexity["moe"][name] < 4 * perplexity["dense"][name]
+        assert perplexity["random_experts"][name] > 2 * perplexity["moe"][name]
+        assert perplexity["swapped_experts"][name] > 2 * perplexity["moe"][name]
+    assert found["expert_difference_lowest"] > 0.05
+    assert found["router_fit_lowest"] > 0.9
+    assert found["expert_load_highest"] < 3
+
+    questions = GSM8K.read_text(encoding="utf-8").splitlines(keepends=True)[:40]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(questions), encoding="utf-8")
+    settings = {
+        "MODEL": tmp_path / "moe", "DATASET_PATH": tmp_path / "gsm8k.jsonl", "OUTPUT_DIR": tmp_path / "runs",
+        "RUN_TAG": "a", "STEPS": 3, "TRAIN_FROM": 28, "FRAC": 0.02, "LR_PEAK": 1e-3, "SEQ_LEN": 256,
+        "IMPORTANCE_SAMPLES": 4, "EVAL_SAMPLES": 2, "RESELECT_EVERY": 0, "WARMUP": 0, "USE_CUDA": 0,
+    }  # fmt: skip
+    assert main([], {name: str(value) for name, value in settings.items()}) == 0
+    summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["model_type"] == "mixtral"
+    for evaluation in summary["evaluations"]:
+        assert evaluation["perplexity_after"] < evaluation["perplexity_before"]
