@@ -464,13 +464,21 @@ def _encode_messages(messages: list[dict[str, Any]], tokenizer: PreTrainedTokeni
                 f"the chat template renders messages[{i}] otherwise than its own generation prompt begins it, so the "
                 f'answer cannot be told from its context; give {{"text"}} or token ids with labels'
             )
-        span = (len(context), len(answered))
+        span = (len(context), _end_of_turn(answered, len(context), tokenizer))
         if whole.startswith(answered):
             spans.append(span)
         else:
             documents.append(_tokenise_spans(answered, [span], tokenizer))
     documents.append(_tokenise_spans(whole, spans, tokenizer))
     return documents
+
+
+def _end_of_turn(answered: str, begin: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the answer that begins at `begin` ends: right behind the token at which generation stops. What a template
+    writes after it (ChatML a line break) is not the assistant's."""
+    end = tokenizer.eos_token
+    at = answered.rfind(end, begin) if end else -1
+    return len(answered) if at < 0 else at + len(end)
 
 
 def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
