@@ -118,6 +118,7 @@ def test_doge_is_refused_in_one_line() -> None:
 # -- reading a checkpoint
 
 
+@pytest.mark.checks("load")
 @pytest.mark.parametrize("family", KNOWN)
 def test_every_parameter_is_read_as_transformers_reads_it(
     family: str, checkpoint_of: Callable[[str], Path]
@@ -191,6 +192,7 @@ def test_converters_that_mix_experts_are_told(operation: ConversionOps, apart: b
 # -- the model against transformers
 
 
+@pytest.mark.checks("logits")
 @pytest.mark.parametrize("family", KNOWN)
 def test_logits_equal_those_of_transformers(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     model = build(checkpoint_of(family))
@@ -201,6 +203,7 @@ def test_logits_equal_those_of_transformers(family: str, checkpoint_of: Callable
     torch.testing.assert_close(logits_of(model), expected, **CLOSE)
 
 
+@pytest.mark.checks("gradients")
 @pytest.mark.parametrize("family", KNOWN)
 def test_loss_and_gradients_equal_the_dense_ones(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     model = build(checkpoint_of(family))
@@ -258,6 +261,7 @@ def test_only_chosen_experts_are_computed(family: str, checkpoint_of: Callable[[
             assert [captured.starts[-1] for captured in bank.captured or []] == [pairs]
 
 
+@pytest.mark.checks("split")
 @pytest.mark.parametrize("family", KNOWN)
 def test_two_stretches_give_the_bits_of_the_whole_at_every_split(
     family: str, checkpoint_of: Callable[[str], Path]
@@ -291,6 +295,7 @@ def test_computing_in_bfloat16_is_close_and_keeps_routers_in_fp32(
             assert torch.nn.functional.cosine_similarity(got.grad.flatten(), want.grad.flatten(), 0) > 0.9  # type: ignore[union-attr]
 
 
+@pytest.mark.checks("packing")
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_answer_about_packed_documents_agrees_with_the_logits(family: str) -> None:
     model = random_model(family)
@@ -384,6 +389,7 @@ class AdaptedWorld(World):
         self.other = write_tokens(root / "other.jsonl", samples=6, seed=5)
 
 
+@pytest.mark.checks("run", "reload", "export")
 @pytest.mark.parametrize("family", KNOWN)
 def test_a_whole_run_and_its_delta_evaluated_again(family: str, tmp_path: Path) -> None:
     world = AdaptedWorld(tmp_path, family)
