@@ -214,7 +214,7 @@ class SparseModel:
 
 
 def _filled(template: Any, made: dict[Path, Tensor], some: Tensor | None) -> Any:
-    """A layer's return value in the form of `template`: `some` for a hidden state that nothing needs, None for the rest.
+    """A layer's return value in the form of `template`: `some` for a hidden state that nothing needs, None for others.
 
     (No function inside another: one that calls itself would be a cycle, and hold a layer's states until it is found.)
     """
