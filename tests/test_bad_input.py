@@ -228,7 +228,8 @@ def config_not_json(world: World, folder: Path) -> dict[str, object]:
 
 
 def unknown_type(world: World, folder: Path) -> dict[str, object]:
-    return rewrite_config(own_model(world, folder), model_type="nothing_like_this")
+    changes = {"model_type": "nothing_like_this", "architectures": ["NothingLikeThisForCausalLM"]}
+    return rewrite_config(own_model(world, folder), **changes)
 
 
 def already_quantised(world: World, folder: Path) -> dict[str, object]:

@@ -197,15 +197,8 @@ class SparseModel:
         for (of, where), tensor in by_place.items():
             if of == layer and where[0] != "out":
                 put(given, where, tensor)
-
-        def filled(template: Any) -> Any:
-            if isinstance(template, list):
-                return tuple(filled(part) for part in template)
-            if template is None:
-                return None
-            return by_place.get((layer, template), some if template in (("out",), ("out", 0)) else None)
-
-        return filled(self.handover.returns[layer])
+        made = {where: tensor for (of, where), tensor in by_place.items() if of == layer}
+        return _filled(self.handover.returns[layer], made, some)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] after the final norm -> [n, vocabulary], by the model's own head (its scalings and caps included)."""
@@ -219,6 +212,16 @@ class SparseModel:
             return self.model(input_ids=ids, use_cache=False).logits[0]
         finally:
             del self.decoder.__dict__["forward"]
+
+
+def _filled(template: Any, made: dict[Path, Tensor], some: Tensor | None) -> Any:
+    """A layer's return value in the form of `template`: `some` for a hidden state that nothing needs, None for others.
+
+    (No function inside another: one that calls itself would be a cycle, and hold a layer's states until it is found.)
+    """
+    if isinstance(template, list):
+        return tuple(_filled(part, made, some) for part in template)
+    return None if template is None else made.get(template, some if template in (("out",), ("out", 0)) else None)
 
 
 def _keep(
