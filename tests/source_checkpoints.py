@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from usaf.checkpoint import INDEX_NAME, SINGLE_NAME
+from usaf.source_folder import INDEX_NAME, SINGLE_NAME
 from usaf.tensor_file import TensorFileWriter
 
 LINEAR = re.compile(r"(self_attn|mlp|ffn|attn)\..*(proj|w\d|wq_a|wq_b|wkv|wo_a|wo_b)\.weight$")

@@ -38,7 +38,8 @@ from transformers.core_model_loading import Chunk, Concatenate, ConversionOps, T
 from usaf import adapters, evaluate, export
 from usaf.adapters.dbrx import RowsToExperts
 from usaf.adapters.fused import FusedExperts
-from usaf.checkpoint import SINGLE_NAME, Checkpoint, expert_by_expert, meta_model
+from usaf.architecture import meta_model
+from usaf.checkpoint import Checkpoint
 from usaf.data import Batch
 from usaf.delta import load_delta
 from usaf.errors import UserError
@@ -46,6 +47,8 @@ from usaf.expert_store import shapes_of
 from usaf.experts import is_experts_module
 from usaf.model import SparseModel
 from usaf.packing import keeps_documents_apart
+from usaf.source_folder import SINGLE_NAME
+from usaf.weight_plan import expert_by_expert
 
 BATCH = random_batch([[9, 7], [11], [5, 3, 6]])  # llama4's chunks are of 8 tokens, step3p7's windows too
 RAW: dict[str, Any] = {"input_ids": BATCH.input_ids, "position_ids": BATCH.position_ids, "use_cache": False}
@@ -176,7 +179,7 @@ def test_one_expert_is_read_at_a_time(
         monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("read a tensor of all experts"))
     for target in targets:
         for e in range(len(whole[target])):
-            assert torch.equal(checkpoint.read_expert(target, e, len(whole[target])), whole[target][e]), (target, e)
+            assert torch.equal(checkpoint.read_expert(target, e), whole[target][e]), (target, e)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from source_checkpoints import write_shards
 from transformers import AutoModelForCausalLM
 
 from usaf import expert_store, files, partial
-from usaf.checkpoint import SINGLE_NAME, Checkpoint
+from usaf.checkpoint import Checkpoint
 from usaf.errors import RunError, UserError
 from usaf.expert_store import (
     FILE_NAME,
@@ -34,6 +34,7 @@ from usaf.expert_store import (
     shapes_of,
 )
 from usaf.quantization import QuantizedTensor, dequantize, quantize, quantize_4bit, quantize_minmax
+from usaf.source_folder import SINGLE_NAME
 from usaf.tensor_file import TensorFile, TensorFileWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def test_odd_intermediate_sizes(tmp_path: Path, width: int) -> None:
     down = "model.layers.0.mlp.experts.down_proj"
     assert store[down].shape == (4, 64, width)
     assert store[down].packed.shape == (4, 64, (width + 1) // 2)
-    weight = torch.stack([checkpoint.read_expert(down, e, 4) for e in range(4)]).float()
+    weight = torch.stack([checkpoint.read_expert(down, e) for e in range(4)]).float()
     step = weight.abs().max() * 2 / 15
     assert (dequantize(store[down]) - weight).abs().max() < step
 
@@ -152,7 +153,7 @@ def conversion_peaks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int
     monkeypatch.setattr(expert_store, "quantize", quantize_minmax)
     checkpoint = Checkpoint(folder)
     name, shape = next(iter(shapes_of(checkpoint).items()))
-    quantize_minmax(checkpoint.read_expert(name, 0, shape[0]).unsqueeze(0))  # what torch sets up once
+    quantize_minmax(checkpoint.read_expert(name, 0).unsqueeze(0))  # what torch sets up once
     return peaks_of(lambda: convert(checkpoint, folder / FILE_NAME, 128, 4, quiet))
 
 

@@ -26,13 +26,14 @@ from transformers import AutoModelForCausalLM
 
 from usaf import expert_store, merged_folder
 from usaf import merge as merge_module
-from usaf.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from usaf.checkpoint import Checkpoint
 from usaf.delta import Delta
 from usaf.expert_store import FILE_NAME, open_or_make, read_store
 from usaf.export import main
 from usaf.merged_folder import ABOUT_NAME
 from usaf.quantization import dequantize, quantize_minmax
 from usaf.session import DataOrder
+from usaf.source_folder import INDEX_NAME, SINGLE_NAME
 
 SHORT = {"STEPS": 3, "RESELECT_EVERY": 0, "EVAL_EVERY": 0, "LR_PEAK": "2e-4", "EVAL_SAMPLES": 2}
 

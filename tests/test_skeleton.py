@@ -14,7 +14,8 @@ from transformers import MixtralConfig, Qwen3OmniMoeConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from usaf import train
-from usaf.checkpoint import Checkpoint, meta_model
+from usaf.architecture import meta_model
+from usaf.checkpoint import Checkpoint
 from usaf.errors import UserError
 from usaf.packing import kinds
 from usaf.skeleton import Handover, find_decoder, get, handover, put, skeleton

@@ -149,13 +149,12 @@ def experts_in_order(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int, i
 
 def read_quantized(checkpoint: Checkpoint, name: str, target: str, e: int, encoding: Encoding) -> QuantizedTensor:
     """One expert [1, out, in] as it goes into the file: as it is stored in four bits, or quantised now."""
-    experts = checkpoint.model.get_parameter(target).shape[0]
     try:
         if encoding.name != "hqq":
-            stored = checkpoint.read_four_bit(target, e, experts)
+            stored = checkpoint.read_four_bit(target, e)
             check_finite(stored)
             return stored
-        weight = checkpoint.read_expert(target, e, experts)
+        weight = checkpoint.read_expert(target, e)
         transposed = checkpoint.model.get_submodule(name).is_transposed
         weight = (weight.t() if transposed else weight).contiguous().unsqueeze(0)
         return quantize(weight, encoding.group_size, encoding.bits)

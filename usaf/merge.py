@@ -26,11 +26,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from usaf.checkpoint import Checkpoint, Piece
+from usaf.checkpoint import Checkpoint
 from usaf.delta import Delta
 from usaf.errors import UserError
 from usaf.expert_store import ExpertStore
 from usaf.quantization import dequantize
+from usaf.weight_plan import Piece
 
 BaseName = Literal["original", "dequantized"]
 
@@ -70,6 +71,7 @@ class Merge:
         self, checkpoint: Checkpoint, store: ExpertStore, delta: Delta, base: BaseName, dtype: torch.dtype | None
     ) -> None:
         self.checkpoint, self.store, self.delta, self.base, self.dtype = checkpoint, store, delta, base, dtype
+        self.plan = checkpoint.plan
         self.transposed = {
             target: bool(checkpoint.model.get_submodule(name).is_transposed)
             for name, pair in checkpoint.expert_parameters().items()
@@ -116,13 +118,13 @@ class Merge:
     @cached_property
     def router_keys(self) -> dict[str, str]:
         """Checkpoint tensor -> the router weight it is, or is a part of."""
-        return {key: name for name in self.delta.routers for key, _ in self.checkpoint.sources[name].keys}
+        return {key: name for name in self.delta.routers for key, _ in self.plan.sources[name].keys}
 
     def num_experts(self, target: str) -> int:
         return self.store[target].shape[0]
 
     def pieces(self, target: str, e: int) -> list[Piece]:
-        pieces = self.checkpoint.expert_pieces(target, e, self.num_experts(target))
+        pieces = self.plan.expert_pieces(target, e)
         if pieces is None:
             raise UserError(f"{self.checkpoint.folder}: {target} mixes experts in one tensor in a way that cannot be "
                             "written back expert by expert; this family cannot be exported yet")  # fmt: skip
@@ -143,7 +145,7 @@ class Merge:
 
     def expert(self, target: str, e: int) -> Tensor:
         """[out, in] of expert e after the merge, rounded as in the output, in fp32: what loads from the file."""
-        merged = self.checkpoint.assemble(target, self.pieces(target, e), self._merge_pieces(target, e), 1)[0]
+        merged = self.plan.assemble_expert(target, self.pieces(target, e), self._merge_pieces(target, e))[0]
         return (merged.t() if self.transposed[target] else merged).to(torch.float32)
 
     def _merge_pieces(self, target: str, e: int) -> list[Tensor]:
@@ -163,7 +165,7 @@ class Merge:
 
     def _split(self, pieces: list[Piece], flat: Tensor) -> list[Tensor]:
         """The values of pieces that lie one behind the other, in their shapes."""
-        shapes = [torch.Size(self.checkpoint.piece_shape(piece)) for piece in pieces]
+        shapes = [torch.Size(self.plan.piece_shape(piece)) for piece in pieces]
         parts = flat.split([shape.numel() for shape in shapes])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -221,10 +223,11 @@ class Merge:
         """
         if target not in self._addresses:
             is_router = target in self.delta.routers
-            pieces = self.router_pieces(target) if is_router else self.pieces(target, 0)
-            size = sum(torch.Size(self.checkpoint.piece_shape(piece)).numel() for piece in pieces)
+            pieces = self.plan.sources[target].pieces if is_router else self.pieces(target, 0)
+            size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
             stored = self._split(pieces, torch.arange(size))
-            addresses = self.checkpoint.assemble(target, pieces, stored, None if is_router else 1).reshape(-1)
+            assemble = self.plan.assemble if is_router else self.plan.assemble_expert
+            addresses = assemble(target, pieces, stored).reshape(-1)
             if len(addresses) != size or not bool((torch.bincount(addresses) == 1).all()):
                 raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
                                 "this family cannot be exported yet")  # fmt: skip
@@ -236,17 +239,14 @@ class Merge:
     def router_piece(self, key: str) -> Tensor:
         """The checkpoint's tensor `key` of a trained router, in the output's type."""
         name = self.router_keys[key]
-        pieces = self.router_pieces(name)
+        pieces = self.plan.sources[name].pieces
         parts = self._split(pieces, self._to_checkpoint(name, self.delta.routers[name]))
         return self._rounded(key, next(part for piece, part in zip(pieces, parts, strict=True) if piece.key == key))
 
     def router(self, name: str) -> Tensor:
         """A router's weight after the merge, rounded as in the output, in fp32: what loads from the file."""
-        pieces = self.router_pieces(name)
-        return self.checkpoint.assemble(name, pieces, [self.router_piece(p.key) for p in pieces]).to(torch.float32)
-
-    def router_pieces(self, name: str) -> list[Piece]:
-        return [Piece(key, pattern, None) for key, pattern in self.checkpoint.sources[name].keys]
+        pieces = self.plan.sources[name].pieces
+        return self.plan.assemble(name, pieces, (self.router_piece(p.key) for p in pieces)).to(torch.float32)
 
 
 class StoredWeights:
@@ -258,7 +258,7 @@ class StoredWeights:
 
     def expert(self, target: str, e: int) -> Tensor:
         """[out, in], fp32."""
-        stored = self.checkpoint.read_expert(target, e, self.merge.num_experts(target)).to(torch.float32)
+        stored = self.checkpoint.read_expert(target, e).to(torch.float32)
         return stored.t() if self.merge.transposed[target] else stored
 
     def router(self, name: str) -> Tensor:

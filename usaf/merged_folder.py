@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from usaf.checkpoint import INDEX_NAME, SINGLE_NAME
 from usaf.errors import RunError, UserError
 from usaf.files import FULL_DISK, flush, flush_folder, require_space, write_json
 from usaf.merge import Merge
+from usaf.source_folder import INDEX_NAME, SINGLE_NAME
 from usaf.source_formats import FourBit
 from usaf.tensor_file import TensorFileWriter, tensor_bytes_count
 

@@ -24,7 +24,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from usaf import __version__
-from usaf.checkpoint import Checkpoint, resolve_model
+from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
@@ -41,6 +41,7 @@ from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
+from usaf.source_folder import resolve_model
 from usaf.tensor_file import one_line
 
 PhaseDone = Callable[[str, float], None]
