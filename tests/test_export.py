@@ -407,19 +407,20 @@ def test_an_export_needs_no_data(run_of: Callable[..., Run], tmp_path: Path, mon
         hidden.rename(run.world.data)
 
 
-def test_one_expert_in_memory_at_a_time(
-    run_of: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_each_expert_is_merged_once(
+    run_of: Callable[..., Run], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No read and no write is larger than one expert's tensors or one dense tensor; each expert is merged once."""
-    run = run_of("gpt_oss")  # fused tensors
+    """In fused tensors, and in tensors of its own whose order mixes its two parameters (w1 and w3, w2)."""
+    run = run_of(family)
     merged: list[tuple[str, int]] = []
-    merge_pieces = merge_module.Merge._merge_pieces
+    expert_pieces = merge_module.Merge.expert_pieces
     monkeypatch.setattr(
-        merge_module.Merge, "_merge_pieces",
-        lambda self, target, e: (merged.append((target, e)), merge_pieces(self, target, e))[1],
+        merge_module.Merge, "expert_pieces",
+        lambda self, target, e: (merged.append((target, e)), expert_pieces(self, target, e))[1],
     )  # fmt: skip
     export(run, tmp_path / "out", "--no-evaluate", "--base", "dequantized")
-    experts, layers = tiny_config("gpt_oss").num_local_experts, tiny_config("gpt_oss").num_hidden_layers
+    experts, layers = tiny_config(family).num_local_experts, tiny_config(family).num_hidden_layers
     assert len(merged) == len(set(merged)) == 2 * layers * experts
 
 
@@ -442,13 +443,16 @@ def test_exporting_gigabytes_in_many_shards_stays_small(
             experts[target] = indices, torch.randn(len(indices), generator=generator) * 1e-3
         merge = merge_module.Merge(checkpoint, store, Delta(experts, {}, "", {}), base, None)
         output.mkdir()
-        private, resident = peaks_of(lambda: merged_folder.write_folder(merge, output, {}, lambda *_: None))
+        written: list[merge_module.Counts] = []
+        private, resident = peaks_of(
+            lambda: written.append(merged_folder.write_folder(merge, output, {}, lambda *_: None))
+        )
         print(f"{total / 1e9:.1f} GB, {base}: {private / 1e6:.0f} MB private, {resident / 1e6:.0f} MB resident")
         # One expert has 12.6 M weights; what is read of the 4-bit file is mapped, and counts until the system wants it.
         mapped = (model / FILE_NAME).stat().st_size if base == "dequantized" else 0
         assert private < 500e6
         assert resident < 500e6 + mapped
-        assert merge.counts.active == sum(len(indices) for indices, _ in experts.values())
+        assert written[0].active == sum(len(indices) for indices, _ in experts.values())
         assert sum(path.stat().st_size for path in output.glob("*.safetensors")) == pytest.approx(total, rel=1e-3)
     finally:
         shutil.rmtree(model)

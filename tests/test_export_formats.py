@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from runs import World, raw_tensors, read_json
-from source_checkpoints import to_fp8, to_fp8_channels, to_int4, to_mxfp4
+from source_checkpoints import LINEAR, to_fp8, to_fp8_channels, to_int4, to_mxfp4
 from test_export import SHORT, Run, deltas, export, routers
 from test_source_formats import config_class
 from torch import Tensor
@@ -125,6 +126,22 @@ def test_a_declaration_of_several_formats_loses_the_one_that_is_gone() -> None:
     assert said["config_groups"] == {"a": fp8}
     except_modules(said := {**said, "config_groups": {"a": fp8, "b": int4}}, [], four_bit_left=True)
     assert said["config_groups"] == {"a": fp8, "b": int4}
+
+
+def test_a_router_in_few_bits_comes_out_in_16(tmp_path: Path) -> None:
+    world = World(tmp_path, moe_intermediate_size=64)
+    to_fp8(world.model, only=re.compile(rf"{LINEAR.pattern}|mlp\.gate\.weight$"))
+    run = Run(world.model, world.finished("short", **SHORT) / "delta.safetensors", world)
+    export(run, tmp_path / "out", "--no-evaluate")
+    source, written = raw_tensors(run.model), raw_tensors(tmp_path / "out")
+    assert {source[name][1] for name in routers(run)} == {"F8_E4M3"}
+    assert {written[name][1] for name in routers(run)} == {"BF16"}
+    left_alone = read_json(tmp_path / "out" / "config.json")["quantization_config"]["modules_to_not_convert"]
+    layers = [f"model.layers.{i}.mlp" for i in (2, 3)]
+    assert left_alone == [name for layer in layers for name in (f"{layer}.experts", f"{layer}.gate")]
+    checkpoint = Checkpoint(tmp_path / "out")
+    for name, weight in routers(run).items():
+        assert torch.equal(checkpoint.read(name), weight.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("what", FORMATS)
