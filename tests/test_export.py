@@ -324,9 +324,31 @@ def test_an_output_that_is_taken(
 
 
 def test_an_empty_folder_is_filled(run_of: Callable[..., Run], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    """The one that a link leads to, as any other."""
+    (tmp_path / "elsewhere").mkdir()
+    try:
+        (tmp_path / "out").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    except OSError:
+        pytest.skip("links need a right that this process lacks")
     export(run_of(), tmp_path / "out", "--no-evaluate")
-    assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
+
+
+def test_an_empty_folder_that_cannot_be_replaced(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point: found out before anything is written. And one whose export fails is there afterwards."""
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rmdir", lambda _: (_ for _ in ()).throw(OSError(errno.EBUSY, "Device or resource busy")))
+        patched.setattr(merged_folder, "write_shard", lambda *_: pytest.fail("written"))
+        refused(run_of(), tmp_path, capsys, r"could not be written \(Device or resource busy\)")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    arguments = ["--delta", str(run_of().delta), "--output", str(tmp_path / "out"), "--no-evaluate"]
+    assert main(arguments) == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_delta_of_another_base(

@@ -44,16 +44,17 @@ def refuse_taken(output: Path) -> None:
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when the block ends well, and vanishes when it does not."""
-    output = output.absolute()
+    output = output.resolve()
     partial = output.with_name(f".{output.name}.partial")
+    is_there = output.is_dir()
     try:
+        if is_there:
+            output.rmdir()  # now, not after hours: a mount point cannot go, nor on Windows a folder that is in use
         if partial.exists():
             shutil.rmtree(partial)  # of a killed process
         partial.mkdir(parents=True)
         yield partial
         flush_folder(partial)
-        if output.exists():
-            output.rmdir()
         partial.replace(output)
         flush_folder(output.parent)
     except OSError as error:
@@ -62,6 +63,8 @@ def whole_folder(output: Path) -> Iterator[Path]:
                    f"rights of {output.parent}") from error  # fmt: skip
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_there and not output.exists():
+            output.mkdir()
 
 
 def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> Counts:
