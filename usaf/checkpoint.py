@@ -48,6 +48,7 @@ class Checkpoint:
         self.model = meta_model(self.config, attention)
         self.plan = WeightPlan(self.model, self.stored, lambda key: self.stored[key].shape())
         self.sources, self.unexpected = self.plan.sources, self.plan.unexpected
+        self._encodings: dict[str, Encoding | None] = {}  # expert parameter -> what `four_bit` says
         self._whole: tuple[str, Tensor] | None = None  # the last parameter that could not be read an expert at a time
         self._check_parameters()
 
@@ -79,7 +80,7 @@ class Checkpoint:
             parameter = wanted[target]
             if target in experts:
                 self._check_lists(target)
-                self.four_bit(target)
+                self._encodings[target] = self._find_encoding(target)
             pieces = source.pieces
             found = self.plan.assemble(target, pieces, (self._without_data(piece) for piece in pieces))
             if found.shape != parameter.shape:
@@ -129,7 +130,10 @@ class Checkpoint:
             if self._whole is None or self._whole[0] != target:
                 self._whole = None
                 self._whole = (target, self.read(target))
-            return self._whole[1][e]
+            weight = self._whole[1][e]
+            if e == self.plan.shapes[target][0] - 1:  # they are read in order, and memory is scarce
+                self._whole = None
+            return weight
         return self.plan.assemble_expert(target, pieces, (self.read_piece(piece) for piece in pieces))[0]
 
     def read_piece(self, piece: Piece) -> Tensor:
@@ -137,11 +141,11 @@ class Checkpoint:
         return stored.read() if piece.rows is None else stored.read_rows(*piece.rows)
 
     def four_bit(self, target: str) -> Encoding | None:
-        """The encoding of an expert parameter that is stored in four bits, to be used as it is; None where it is not.
+        """The encoding of an expert parameter that is stored in four bits, to be used as it is; else None."""
+        return self._encodings[target]
 
-        Raises:
-            UserError: only a part of it is, or in several ways, or in one that cannot be joined.
-        """
+    def _find_encoding(self, target: str) -> Encoding | None:
+        """Raises UserError where only a part is in four bits, or in several ways, or in one that cannot be joined."""
         source = self.sources[target]
         stored = [self.stored[key] for key, _ in source.keys]
         if not any(isinstance(s, FourBit) for s in stored):
