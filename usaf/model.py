@@ -404,7 +404,8 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, places: Places, 
             value = backend.held(value)
         else:
             value = value.to(backend.compute_dtype)
-    value = value.clone()  # a converter may hand out a view of something larger
+    if value.untyped_storage().nbytes() > value.nbytes:  # a converter may hand out a view of something larger
+        value = value.clone()
     if attribute in owner._parameters:
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:
