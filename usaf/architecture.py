@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from usaf import adapters
-from usaf.errors import UserError
+from usaf.errors import UserError, one_line
 from usaf.experts import EXPERTS_IMPLEMENTATION, is_experts_module
 from usaf.source_formats import Quantization, read_quantization
-from usaf.tensor_file import one_line
 
 
 def read_config(folder: Path) -> tuple[Any, Quantization | None]:

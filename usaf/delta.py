@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usaf.errors import UserError
+from usaf.errors import UserError, one_line
 from usaf.files import replacing
 from usaf.tensor_file import TensorFileWriter
 
@@ -64,7 +64,7 @@ def load_delta(path: Path) -> Delta:
                 )
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as a whole safetensors file ({' '.join(str(error).split())}); copy it "
+        raise UserError(f"{path}: cannot be read as a whole safetensors file ({one_line(error)}); copy it "
                         "again, or run again") from None  # fmt: skip
     experts = {
         name.removesuffix(".indices"): (indices.to(torch.int64), tensors[f"{name.removesuffix('.indices')}.values"])

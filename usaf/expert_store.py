@@ -23,11 +23,11 @@ import torch
 from usaf import __version__
 from usaf.checkpoint import Checkpoint
 from usaf.console import say
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 from usaf.files import hash_file, require_space, require_writable
 from usaf.partial import allocated_bytes, continued, partial_path
 from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
-from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout, one_line
+from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout
 
 FILE_NAME, LEGACY_NAME = "experts_q4.safetensors", "experts_q4.pt"
 FORMAT = "usaf-experts-2"

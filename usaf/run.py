@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 from usaf.files import FULL_DISK, FolderLock, flush, flush_folder, json_numbers, write_json
 from usaf.settings import ResolvedSettings
 from usaf.tensor_file import TensorFileWriter
@@ -157,7 +157,7 @@ def load_checkpoint(path: Path) -> SavedState:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{path}: is damaged ({' '.join(str(error).split())}); delete this folder, and RESUME goes on from the "
+            f"{path}: is damaged ({one_line(error)}); delete this folder, and RESUME goes on from the "
             "checkpoint before it, or begins anew where there is none"
         ) from None
     return SavedState(tensors, about)

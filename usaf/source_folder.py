@@ -9,8 +9,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
 
-from usaf.errors import UserError
-from usaf.tensor_file import Shards, TensorFile, one_line
+from usaf.errors import UserError, one_line
+from usaf.tensor_file import Shards, TensorFile
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 # 4 KiB blocks of each shard that stand for its content where hashing 60 GB would take minutes.
