@@ -81,10 +81,10 @@ class Checkpoint:
                 self._check_lists(target)
                 self.four_bit(target)
             pieces = source.pieces
-            whole = [p.key for p in pieces if not self.stored_dtype(p.key).is_floating_point]
-            if parameter.is_floating_point() and whole:  # joined to others, one alone would pass for a float
-                raise UserError(f"{self.folder}: {whole[0]} is stored as {self.stored_dtype(whole[0])}, which is no type "
-                                "of weights; use the 16-bit checkpoint of this model")  # fmt: skip
+            whole = next((p.key for p in pieces if not self.stored_dtype(p.key).is_floating_point), None)
+            if parameter.is_floating_point() and whole is not None:  # joined to others, one would pass for a float
+                raise UserError(f"{self.folder}: {whole} is stored as {self.stored_dtype(whole)}, which is no type of "
+                                "weights; use the 16-bit checkpoint of this model")  # fmt: skip
             found = self.plan.assemble(target, pieces, (self._without_data(piece) for piece in pieces))
             if found.shape != parameter.shape:
                 raise UserError(f"{self.folder}: {target} has shape {tuple(found.shape)}, config.json asks for "
