@@ -41,6 +41,12 @@ def test_the_hidden_state_alone_crosses_in_most_families() -> None:
     assert found.width(2) == 64
 
 
+def test_a_shared_expert_without_neurons_is_no_obstacle() -> None:
+    config = tiny_config("deepseek_v3")
+    config.n_shared_experts = 0
+    assert handover(meta_model(config)).splits == [0, 1, 2, 3, 4]
+
+
 def test_several_residual_streams_are_one_state() -> None:
     assert crossing(asked("deepseek_v4"), 2) == [(1, ("out",), (2, 64))]
 

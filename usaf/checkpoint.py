@@ -82,14 +82,15 @@ class Checkpoint:
                 self._check_lists(target)
                 self._encodings[target] = self._find_encoding(target)
             pieces = source.pieces
+            whole = next((p.key for p in pieces if not self.stored_dtype(p.key).is_floating_point), None)
+            if parameter.is_floating_point() and whole is not None:  # joined to others, one would pass for a float
+                raise UserError(f"{self.folder}: {whole} is stored as {self.stored_dtype(whole)}, which is no type of "
+                                "weights; use the 16-bit checkpoint of this model")  # fmt: skip
             found = self.plan.assemble(target, pieces, (self._without_data(piece) for piece in pieces))
             if found.shape != parameter.shape:
                 raise UserError(f"{self.folder}: {target} has shape {tuple(found.shape)}, config.json asks for "
                                 f"{tuple(parameter.shape)}; the two are of different models, download them again"
                                 )  # fmt: skip
-            if parameter.is_floating_point() and not found.is_floating_point():
-                raise UserError(f"{self.folder}: {target} is stored as {found.dtype}, which is no type of weights; use "
-                                "the 16-bit checkpoint of this model")  # fmt: skip
 
     def _check_lists(self, target: str) -> None:
         """A parameter whose experts have tensors of their own has one of each kind for each of them."""

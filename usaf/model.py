@@ -375,6 +375,8 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
         set_dense(model, name, value, places, backend)
     for target, source in model.all_tied_weights_keys.items():
         if target in wanted and target not in checkpoint.sources:
+            if keeps_fp32(model, target, places.routers):  # hy_v4's head computes in the type of its weight
+                set_dense(model, source, model.get_parameter(source).to(master_dtype(backend)), places, backend)
             owner = model.get_submodule(target.rpartition(".")[0])
             owner._parameters[target.rpartition(".")[2]] = model.get_parameter(source)
     initialise_tables(model)
@@ -397,7 +399,7 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, places: Places, 
     if value.is_floating_point():
         beside_experts = attribute in owner._buffers and any(name.startswith(f"{b}.") for b in places.blocks)
         if beside_experts or keeps_fp32(model, name, places.routers):
-            value = value.to(torch.float64 if backend.compute_dtype == torch.float64 else torch.float32)
+            value = value.to(master_dtype(backend))
         elif (type(owner) in (nn.Linear, nn.Embedding) and owner_name in places.called) or (
             hasattr(owner, "in_stored_type")
         ):
@@ -410,6 +412,11 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, places: Places, 
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[attribute] = value
+
+
+def master_dtype(backend: Backend) -> torch.dtype:
+    """Of weights that must not be rounded to the compute type."""
+    return torch.float64 if backend.compute_dtype == torch.float64 else torch.float32
 
 
 def keeps_fp32(model: PreTrainedModel, name: str, routers: set[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from huggingface_hub.errors import HTTPError
 
@@ -70,6 +70,10 @@ def read_index(folder: Path) -> dict[str, str]:
             weight_map = None
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise UserError(f"{index}: is not a checkpoint index (JSON with a weight_map); download it again")
+        for shard in sorted(set(weight_map.values())):
+            if shard in ("", "..") or PurePath(shard).name != shard or "\\" in shard:  # an export would write there
+                raise UserError(f"{index}: names {shard!r} as a shard, which must be a file beside it; move the file "
+                                "there and correct the index, or download them again")  # fmt: skip
         return weight_map
     hint = "; convert its .bin files with save_pretrained first" if list(folder.glob("*.bin")) else ""
     raise UserError(
