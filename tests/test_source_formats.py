@@ -53,6 +53,8 @@ def config_class(name: str) -> Any:
     found = getattr(transformers, name, None)
     if found is None or "dequantize" not in found.__init__.__code__.co_varnames:
         pytest.skip(f"this transformers has no {name}(dequantize=True)")
+    if name == "Mxfp4Config" and not hasattr(torch, "accelerator"):
+        pytest.skip("transformers loads MXFP4 through torch.accelerator, which this torch (below 2.6) does not have")
     return found(dequantize=True)
 
 
@@ -131,8 +133,8 @@ def deepseek_v4(folder: Path) -> Path:
 @pytest.mark.skipif(not hasattr(transformers, "DeepseekV4Config"), reason="transformers does not know the family")
 @pytest.mark.parametrize("scale_type", ["float8_e8m0fnu", "uint8"])
 def test_fp4_of_deepseek_v4_equals_transformers(tmp_path: Path, scale_type: str) -> None:
-    if not hasattr(torch, scale_type):
-        pytest.skip(f"this torch has no {scale_type}")
+    if not hasattr(torch, "float8_e8m0fnu"):  # whichever type the file has them in
+        pytest.skip("transformers loads scales that are exponents only where torch has float8_e8m0fnu (from 2.7 on)")
     folder = to_fp4(deepseek_v4(tmp_path / "model"), getattr(torch, scale_type))
     compare(folder, config_class("FineGrainedFP8Config"), {"plain", "fp8", "fp4"})
 

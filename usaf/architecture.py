@@ -31,6 +31,7 @@ def read_config(folder: Path) -> tuple[Any, Quantization | None]:
         known = config_class_by_architecture(path)
         if known is not None:
             config = known.from_pretrained(folder)
+            config.model_type = known.model_type  # by which transformers finds how its tensors are converted
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
