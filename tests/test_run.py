@@ -168,21 +168,21 @@ def test_a_damaged_checkpoint_is_refused(run: RunFolder) -> None:
     tensors, about = path / "state.safetensors", path / "state.json"
     whole = tensors.read_bytes(), about.read_bytes()
 
-    def refused() -> None:
-        with pytest.raises(UserError, match=r"step-000030: is damaged \(.*\); delete this folder"):
+    def refused(file: Path, rule: str) -> None:
+        with pytest.raises(UserError, match=rf"{file.name}: {rule}.*; delete .*step-000030, and RESUME goes on"):
             load_checkpoint(path)
 
     for length in (0, 10, len(whole[0]) - 1):
         tensors.write_bytes(whole[0][:length])
-        refused()
+        refused(tensors, r"not a whole safetensors file \(")
     tensors.unlink()
-    refused()
+    refused(tensors, "this file of the checkpoint is missing")
     tensors.write_bytes(whole[0])
     for text in (b"", b"{", whole[1][: len(whole[1]) // 2], b"\xff\xfe"):
         about.write_bytes(text)
-        refused()
+        refused(about, r"is damaged \(")
     about.unlink()
-    refused()
+    refused(about, r"is damaged \(")
     about.write_bytes(whole[1])
     assert_equal(load_checkpoint(path), state())
 
