@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -392,6 +393,30 @@ def quantised_truncated(world: World, folder: Path) -> Path:
     return path
 
 
+def rewritten_header(damage: Callable[[dict[str, Any]], object]) -> Callable[[World, Path], Path]:
+    """The world's own 4-bit file, but for what `damage` does to its header."""
+
+    def prepare(world: World, folder: Path) -> Path:
+        from families import build
+
+        build(own_model(world, folder))
+        path = folder / "own-model" / "experts_q4.safetensors"
+        data = path.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:end])
+        damage(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+        return path
+
+    return prepare
+
+
+def scales_of_another_shape(header: dict[str, Any]) -> None:
+    entry = header["model.layers.0.mlp.experts.down_proj.scale"]
+    entry["shape"] = [1, math.prod(entry["shape"]), 1]
+
+
 def not_quantised(world: World, folder: Path) -> Path:
     save_file({"x": torch.zeros(2)}, folder / "q.safetensors")
     return folder / "q.safetensors"
@@ -421,6 +446,13 @@ def wrong_suffix(world: World, folder: Path) -> Path:
 BAD_QUANTISED: dict[str, tuple[Callable[[World, Path], Path], list[str]]] = {
     "of another model": (quantised_of_another, ["another model"]),
     "truncated": (quantised_truncated, ["whole safetensors file"]),
+    "entries that are no JSON": (rewritten_header(lambda h: h["__metadata__"].update(entries="{")), ["damaged"]),
+    "no entries": (rewritten_header(lambda h: h["__metadata__"].pop("entries")), ["damaged"]),
+    "scales of another name": (
+        rewritten_header(lambda h: h.update({"x": h.pop("model.layers.0.mlp.experts.down_proj.scale")})),
+        ["damaged"],
+    ),
+    "scales of another shape": (rewritten_header(scales_of_another_shape), ["damaged"]),
     "not 4-bit experts": (not_quantised, ["4-bit experts"]),
     "legacy of another model": (legacy_of_another, ["another model"]),
     "legacy with code": (legacy_with_code, ["code"]),

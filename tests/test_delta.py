@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from usaf.delta import Delta, experts_moved, load_delta, save_delta
 from usaf.errors import UserError
@@ -107,6 +110,48 @@ def test_what_is_not_a_whole_delta_is_refused(tmp_path: Path) -> None:
         save_file({"weight": torch.zeros(2)}, path, metadata)
         with pytest.raises(UserError, match="is not a delta of this program"):
             load_delta(path)
+
+
+GATE = "model.layers.1.mlp.gate.weight"
+DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "no values": (lambda t: t.pop(f"{UP}.values"), "one value for each index"),
+    "no indices": (lambda t: t.pop(f"{UP}.indices"), "have no indices"),
+    "fewer values": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"][:-1]}), "one value for each index"),
+    "two dimensions": (
+        lambda t: t.update({n: t[n][None] for n in (f"{UP}.indices", f"{UP}.values")}), "one value for each index",
+    ),
+    "not in order": (lambda t: t.update({f"{UP}.indices": t[f"{UP}.indices"].flip(0)}), "rising order"),
+    "twice": (lambda t: t[f"{UP}.indices"].__setitem__(1, 0), "rising order"),
+    "fractions": (lambda t: t.update({f"{UP}.indices": t[f"{UP}.indices"].float()}), "whole numbers"),
+    "16-bit values": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"].half()}), "float32"),
+    "not a number": (lambda t: t[f"{UP}.values"].__setitem__(2, float("nan")), "finite"),
+    "an infinite router": (lambda t: t[GATE].__setitem__((0, 0), float("inf")), "finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_delta_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, example())
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    damage, words = DAMAGE[name]
+    damage(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
+    with pytest.raises(UserError, match=words):
+        load_delta(path)
+
+
+@pytest.mark.parametrize("change", [{"about": "{"}, {"about": "[]"}, {"about": None}, {"base_fingerprint": None}])
+def test_damaged_metadata_are_refused(tmp_path: Path, change: dict[str, str | None]) -> None:
+    path = tmp_path / "delta.safetensors"
+    save_delta(path, example())
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), **change}
+    save_file(load_file(path), path, {name: value for name, value in metadata.items() if value is not None})
+    with pytest.raises(UserError, match="metadata"):
+        load_delta(path)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -371,6 +371,37 @@ def test_a_delta_of_another_base(
     refused(run_of(), tmp_path, capsys, "was trained on another base than .*other", "--model", str(other))
 
 
+UP = "model.layers.2.mlp.experts.gate_up_proj"
+GATE = "model.layers.2.mlp.gate.weight"
+MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "an index beyond the weights": (lambda t: t[f"{UP}.indices"].__setitem__(-1, 10**9), "1000000000"),
+    "an index below 0": (lambda t: t[f"{UP}.indices"].__setitem__(0, -5), "-5"),
+    "one router weight for all experts": (lambda t: t.update({GATE: t[GATE][:1]}), GATE),
+    "a router less": (lambda t: t.pop(GATE), GATE),
+    "a name more": (lambda t: t.update({"model.layers.2.x.weight": torch.zeros(2)}), "model.layers.2.x.weight"),
+    "a frozen layer's experts": (
+        lambda t: t.update({n.replace("layers.2", "layers.0"): t[n].clone() for n in list(t) if "layers.2" in n}),
+        "model.layers.0.mlp",
+    ),
+    "experts less": (lambda t: [t.pop(f"{UP}.{part}") for part in ("indices", "values")], UP),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_damaged_delta(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = run_of()
+    damage, words = MISFITS[name]
+    with safe_open(run.delta, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(run.delta)
+    damage(tensors)
+    path = tmp_path / "damaged.safetensors"
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
+    refused(run._replace(delta=path), tmp_path, capsys, f"damaged\\.safetensors: .*{re.escape(words)}")
+
+
 def test_a_broken_source(run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_of(shards=5)
     model = Path(shutil.copytree(run.model, tmp_path / "model"))

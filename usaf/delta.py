@@ -59,13 +59,36 @@ def load_delta(path: Path) -> Delta:
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run")
     tensors = {name: file.read(name) for name in file.entries}
-    experts = {
-        name.removesuffix(".indices"): (indices.to(torch.int64), tensors[f"{name.removesuffix('.indices')}.values"])
-        for name, indices in tensors.items()
-        if name.endswith(".indices")
-    }
+    fault = find_fault(tensors, metadata)
+    if fault is not None:
+        raise UserError(f"{path}: {fault}; the file is damaged, copy it again, or run again")
+    names = [name.removesuffix(".indices") for name in tensors if name.endswith(".indices")]
+    experts = {n: (tensors[f"{n}.indices"].to(torch.int64), tensors[f"{n}.values"]) for n in names}
     routers = {n: t for n, t in tensors.items() if not n.endswith((".indices", ".values"))}
     return Delta(experts, routers, metadata["base_fingerprint"], json.loads(metadata["about"]))
+
+
+def find_fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
+    """What in a delta's tensors is not as `save_delta` writes them; that they fit a model is `session`'s to check."""
+    try:
+        about = json.loads(metadata["about"])
+    except (KeyError, ValueError):
+        about = None
+    if not isinstance(about, dict) or "base_fingerprint" not in metadata:
+        return "its metadata are not those of a delta"
+    for name, tensor in tensors.items():
+        stem, _, part = name.rpartition(".")
+        if part == "indices":
+            values = tensors.get(f"{stem}.values")
+            if values is None or values.shape != tensor.shape or tensor.ndim != 1:
+                return f"{stem} has not one value for each index"
+            if tensor.dtype not in (torch.int32, torch.int64) or bool((tensor[1:] <= tensor[:-1]).any()):
+                return f"{name} are not whole numbers in rising order"
+        elif part == "values" and f"{stem}.indices" not in tensors:
+            return f"{name} have no indices"
+        elif tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds something else than finite numbers in float32"
+    return None
 
 
 def experts_moved(delta: Delta, numel_per_expert: dict[str, int]) -> dict[str, int]:

@@ -207,16 +207,23 @@ def read_store(path: Path) -> ExpertStore:
     if path.suffix == ".pt":
         return _read_legacy(path)
     file = TensorFile(path, "delete it, and it is made anew")
-    metadata = file.metadata
+    metadata, damaged = file.metadata, f"{path}: is damaged; delete it, and it is made anew"
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: is a safetensors file but not of 4-bit experts ({FORMAT}); set QUANT_PATH to one "
                         "that `python -m usaf.quantize` made, or delete it, and it is made anew")  # fmt: skip
     entries, quantized = {}, set()
-    for target, said in json.loads(metadata["entries"]).items():
-        encoding = read_encoding(said)
+    try:
+        described = {
+            t: (read_encoding(said), said["in_features"]) for t, said in json.loads(metadata["entries"]).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(damaged) from None
+    for target, (encoding, in_features) in described.items():
         parts = {p: file.map(f"{target}.{p}") for p in PARTS if f"{target}.{p}" in file.entries}
-        experts, rows = parts["packed"].shape[:2]
-        entries[target] = encoding.of(parts, (experts, rows, said["in_features"]))
+        shape = (*parts["packed"].shape[:2], in_features) if "packed" in parts else ()
+        if len(shape) != 3 or encoding.tensors(shape) != {p: (t.dtype, tuple(t.shape)) for p, t in parts.items()}:
+            raise UserError(damaged)
+        entries[target] = encoding.of(parts, shape)
         if encoding.name == "hqq":
             quantized.add(target)
     store = ExpertStore(path, entries, metadata.get("source"))

@@ -180,6 +180,9 @@ def prepare_model(settings: ResolvedSettings, decisions: dict[str, Any] | None =
 
 def settings_of_run(delta: Delta, arguments: argparse.Namespace) -> ResolvedSettings:
     """The settings of the run that saved `delta`, but for what the flags of `console.add_delta_flags` say has moved."""
+    if not {"settings", "decisions", "step"} <= delta.about.keys():
+        raise UserError(f"{arguments.delta}: does not say how it was trained; give the delta.safetensors that the run "
+                        "wrote")  # fmt: skip
     settings = ResolvedSettings.from_json(delta.about["settings"])
     if arguments.use_cuda is not None:
         settings = settings.replace("flag", use_cuda=arguments.use_cuda == "1")
@@ -388,13 +391,35 @@ def apply_delta(session: ModelSession, delta: Delta, path: Path) -> None:
         raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "
                         f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained "
                         "on")  # fmt: skip
-    banks = {name: bank for moe in session.model.moe for name, bank in zip(moe.names, moe.banks, strict=True)}
-    routers = {moe.router_name: moe.router_weight for moe in session.model.moe}
+    trained = session.model.moe_from(session.start)
+    banks = {name: bank for moe in trained for name, bank in zip(moe.names, moe.banks, strict=True)}
+    with_routers = trained if session.settings.values.router_lr > 0 else []
+    routers = {moe.router_name: moe.router_weight for moe in with_routers}
+    refuse_misfit(delta, banks, routers, path)
     for name, (indices, values) in delta.experts.items():
         banks[name].set_active(indices, values)
         banks[name].delta.requires_grad_(False)
     for name, weight in delta.routers.items():
         routers[name].data.copy_(weight)
+
+
+def refuse_misfit(
+    delta: Delta, banks: dict[str, ExpertBank], routers: dict[str, torch.nn.Parameter], path: Path
+) -> None:
+    """A delta of this base holds every trained parameter, and nothing beyond their shapes."""
+    for name in sorted(delta.experts.keys() ^ banks.keys() | delta.routers.keys() ^ routers.keys()):
+        raise UserError(f"{path}: {name} is in only one of the delta and the layers that it trained; the file is "
+                        "damaged, copy it again, or run again")  # fmt: skip
+    for name, (indices, _) in delta.experts.items():
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < banks[name].numel:
+            raise UserError(f"{path}: {name} has indices from {int(indices[0])} to {int(indices[-1])}, and the model's "
+                            f"weights there are 0 to {banks[name].numel - 1}; the file is damaged, copy it again, or "
+                            "run again")  # fmt: skip
+    for name, weight in delta.routers.items():
+        if weight.shape != routers[name].shape:
+            raise UserError(f"{path}: {name} has shape {tuple(weight.shape)}, and the model's is "
+                            f"{tuple(routers[name].shape)}; the file is damaged, copy it again, or run again"
+                            )  # fmt: skip
 
 
 def fill_all(states: list[BoundaryStates], done: PhaseDone | None = None) -> None:
