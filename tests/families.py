@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from usaf.checkpoint import Checkpoint
 from usaf.data import NO_TARGET, Batch
+from usaf.delta import load_delta
 from usaf.devices import Backend, choose_backend
 from usaf.expert_store import open_or_make
 from usaf.model import SparseModel, build_model
@@ -93,6 +94,38 @@ def reference_of(folder: Path, model: SparseModel) -> PreTrainedModel:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
     base_into(reference, model)
     return reference
+
+
+def with_delta(folder: Path, path: Path) -> SparseModel:
+    """The model that a run has left as `path`: its 4-bit base with the delta's weights and routers."""
+    model, delta = build(folder), load_delta(path)
+    for moe in model.moe:
+        for name, bank in zip(moe.names, moe.banks, strict=True):
+            if name in delta.experts:
+                bank.set_active(*delta.experts[name])
+        if moe.router_name in delta.routers:
+            moe.router_weight.data.copy_(delta.routers[moe.router_name])
+    return model
+
+
+def logits_of(model: SparseModel, batch: Batch) -> Tensor:
+    """[B, S, vocabulary]."""
+    with torch.no_grad():
+        hidden = model.run_layers(batch, 0, model.num_layers)
+        return model.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+
+def leaks(model: PreTrainedModel, border: int = 9, length: int = 20) -> bool:
+    """Whether editing the first of two packed documents moves the second's logits, by transformers' own model."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (1, length), generator=generator)
+    edited = ids.clone()
+    edited[0, :border] = torch.randint(3, VOCAB, (border,), generator=generator)
+    positions = torch.cat([torch.arange(border), torch.arange(length - border)]).unsqueeze(0)
+    with torch.no_grad():
+        rows = [model(input_ids=i, position_ids=positions, use_cache=False).logits[0, border:] for i in (ids, edited)]
+    # Not equal to the bit: the edit sends other tokens to the experts, and a product's rounding depends on its rows.
+    return float((rows[0] - rows[1]).abs().max()) > 1e-4
 
 
 def random_batch(documents: list[list[int]], seed: int = 0, vocab: int = VOCAB) -> Batch:

@@ -26,7 +26,7 @@ from adapted_families import (
     tiny_config,
     write_checkpoint,
 )
-from families import activate, build, random_batch, write_tokens
+from families import activate, build, leaks, logits_of, random_batch, with_delta, write_tokens
 from families import tiny_config as config_with_the_interface
 from runs import World, delta_tensors, events, read_json
 from safetensors.torch import load_file
@@ -40,12 +40,10 @@ from usaf.adapters.dbrx import RowsToExperts
 from usaf.adapters.fused import FusedExperts
 from usaf.architecture import meta_model
 from usaf.checkpoint import Checkpoint
-from usaf.data import Batch
 from usaf.delta import load_delta
 from usaf.errors import UserError
 from usaf.expert_store import shapes_of
 from usaf.experts import is_experts_module
-from usaf.model import SparseModel
 from usaf.packing import keeps_documents_apart
 from usaf.source_folder import SINGLE_NAME
 from usaf.weight_plan import expert_by_expert
@@ -68,13 +66,6 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return folders[family]
 
     return get
-
-
-def logits_of(model: SparseModel, batch: Batch = BATCH) -> Tensor:
-    """[B, S, vocabulary]."""
-    with torch.no_grad():
-        hidden = model.run_layers(batch, 0, model.num_layers)
-        return model.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 
 
 # -- which families there are
@@ -203,7 +194,7 @@ def test_logits_equal_those_of_transformers(family: str, checkpoint_of: Callable
     with torch.no_grad():
         expected = reference_of(checkpoint_of(family), family, model)(**RAW).logits
     assert expected.std() > 0.1  # or the comparison would say little
-    torch.testing.assert_close(logits_of(model), expected, **CLOSE)
+    torch.testing.assert_close(logits_of(model, BATCH), expected, **CLOSE)
 
 
 @pytest.mark.checks("gradients")
@@ -236,13 +227,13 @@ def test_the_router_chooses_and_weighs(family: str, checkpoint_of: Callable[[str
     for moe in model.moe:
         experts = model.model.get_submodule(moe.names[0].rpartition(".")[0])
         experts.register_forward_pre_hook(lambda _module, args: chosen.append(args[1]))
-    before = logits_of(model)
+    before = logits_of(model, BATCH)
     for ids, moe in zip(chosen, model.moe, strict=True):
         assert ids.shape[0] == BATCH.input_ids.numel()
         assert len(ids.unique()) > ids.shape[1]
         assert bool((ids >= moe.banks[0].num_experts).any()) == (family == "longcat_flash")  # its zero experts
         moe.router_weight.data.mul_(0.5)
-    assert (logits_of(model) - before).abs().max() > 1e-2
+    assert (logits_of(model, BATCH) - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", KNOWN)
@@ -301,17 +292,7 @@ def test_computing_in_bfloat16_is_close_and_keeps_routers_in_fp32(
 @pytest.mark.checks("packing")
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_answer_about_packed_documents_agrees_with_the_logits(family: str) -> None:
-    model = random_model(family)
-    ids = torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(1))
-    edited = ids.clone()
-    edited[0, :9] = ids[0, :9].flip(0)
-    positions = torch.cat([torch.arange(9), torch.arange(11)]).unsqueeze(0)
-    with torch.no_grad():
-        first, second = (
-            model(input_ids=i, position_ids=positions, use_cache=False).logits[0, 9:] for i in (ids, edited)
-        )
-    leaks = float((first - second).abs().max()) > 1e-4
-    assert keeps_documents_apart(meta_model(tiny_config(family))) == (not leaks)
+    assert keeps_documents_apart(meta_model(tiny_config(family))) == (not leaks(random_model(family)))
 
 
 # -- one family's own
@@ -341,7 +322,7 @@ def test_llama4_by_its_multimodal_checkpoint(tmp_path: Path, checkpoint_of: Call
     reference = reference_of(tmp_path / "text", "llama4_text", model)
     own.language_model.load_state_dict(reference.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(model), own(**RAW).logits, **CLOSE)
+        torch.testing.assert_close(logits_of(model, BATCH), own(**RAW).logits, **CLOSE)
     checkpoint = Checkpoint(tmp_path)
     assert all(key.startswith(("vision_model.", "multi_modal_projector.")) for key in checkpoint.unexpected)
     assert checkpoint.unexpected
@@ -362,7 +343,7 @@ def test_longcat_without_zero_experts(tmp_path: Path) -> None:
     assert Checkpoint(folder).unexpected == []
     with torch.no_grad():
         expected = reference_of(folder, "longcat_flash", model)(**RAW).logits
-    torch.testing.assert_close(logits_of(model), expected, **CLOSE)
+    torch.testing.assert_close(logits_of(model, BATCH), expected, **CLOSE)
 
 
 def test_longcat_as_published_without_tensors_for_zero_experts(
@@ -378,7 +359,7 @@ def test_longcat_as_published_without_tensors_for_zero_experts(
     (tmp_path / "config.json").write_bytes((source.folder / "config.json").read_bytes())
     model = build(tmp_path)
     assert Checkpoint(tmp_path).unexpected == []
-    assert torch.equal(logits_of(model), logits_of(build(source.folder)))
+    assert torch.equal(logits_of(model, BATCH), logits_of(build(source.folder), BATCH))
 
 
 # -- whole runs
@@ -416,17 +397,12 @@ def export_to(output: Path, path: Path, *flags: str) -> dict[str, Tensor]:
 
 def check_export(family: str, world: World, path: Path) -> None:
     """Both bases, loaded by transformers itself under the family's own names."""
-    delta, model = load_delta(path), build(world.model)
-    for moe in model.moe:
-        for name, bank in zip(moe.names, moe.banks, strict=True):
-            if name in delta.experts:
-                bank.set_active(*delta.experts[name])
-                moe.router_weight.data.copy_(delta.routers[moe.router_name])
+    delta, model = load_delta(path), with_delta(world.model, path)
     whole = world.root / "dequantized"
     export_to(whole, path, "--base", "dequantized", "--dtype", "fp32")
     own = own_class(family).from_pretrained(whole, dtype=torch.float32).eval()
     with torch.no_grad():
-        torch.testing.assert_close(own(**RAW).logits, logits_of(model), **CLOSE)
+        torch.testing.assert_close(own(**RAW).logits, logits_of(model, BATCH), **CLOSE)
     source = load_file(world.model / SINGLE_NAME)
     merged = export_to(world.root / "original", path, "--dtype", "fp32")
     assert merged.keys() == source.keys()

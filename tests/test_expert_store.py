@@ -477,14 +477,15 @@ def test_a_folder_that_cannot_be_written_is_refused_beforehand(folder: Path) -> 
             folder.chmod(0o700)
 
 
-def test_quant_path_names_the_file_to_make_and_to_find(folder: Path, tmp_path: Path) -> None:
+def test_quant_path_names_the_file_to_make_and_to_find(original: Path, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "mine.safetensors"
     made = open_or_make(Checkpoint(folder), str(path), 32, 4, quiet)
     assert made.path == path
     assert not (folder / FILE_NAME).exists()
-    assert same(
-        *(open_or_make(Checkpoint(folder), str(path), 32, 4, forbidden)[n] for n in [next(iter(made.entries))] * 2)
-    )
+    found = open_or_make(Checkpoint(folder), str(path), 32, 4, forbidden)
+    expected = read_store(original / FILE_NAME)
+    assert found.entries.keys() == expected.entries.keys()
+    assert all(same(found[name], expected[name]) for name in found.entries)
 
 
 @pytest.mark.parametrize(
@@ -665,8 +666,20 @@ def test_legacy_files_that_do_not_serve_are_refused(folder: Path, what: str) -> 
     assert not (folder / "owned").exists()
 
 
-def test_the_file_is_mapped_not_read(original: Path) -> None:
-    """Its pages belong to the system's cache: opening takes no memory of its own, aligned for every type."""
+def test_the_file_is_mapped_not_read(quantized: Path) -> None:
+    """Its pages belong to the system's cache: what is written to the file appears in the tensors, since they are it."""
+    entries = read_store(quantized / FILE_NAME).entries.values()
+    before = [entry.packed.clone() for entry in entries]
+    with open(quantized / FILE_NAME, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    differing = [int((entry.packed != old).sum()) for entry, old in zip(entries, before, strict=True)]
+    assert sorted(differing) == [0] * (len(differing) - 1) + [1]
+
+
+def test_tensors_of_the_file_are_aligned_and_say_where_they_are_from(original: Path) -> None:
     store = read_store(original / FILE_NAME)
     check_store(store, Checkpoint(original), 32, 4)
     with safe_open(original / FILE_NAME, "pt") as file:

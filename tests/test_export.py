@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from families import FAMILIES, build, random_batch, tiny_config, write_checkpoint
+from families import FAMILIES, build, logits_of, random_batch, tiny_config, with_delta, write_checkpoint
 from runs import World, peaks_of, raw_tensors, read_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -177,20 +177,11 @@ def test_onto_the_dequantized_base(run_of: Callable[..., Run], family: str, tmp_
     assert len(base) > len(trained)
     for name, weight in base.items():
         assert torch.equal(after[name], weight + trained.get(name, torch.zeros(()))), name
-    model = build(run.model)
-    with safe_open(run.delta, "pt") as file:
-        for moe in model.moe:
-            for name, bank in zip(moe.names, moe.banks, strict=True):
-                if name in trained:
-                    bank.set_active(file.get_tensor(f"{name}.indices").long(), file.get_tensor(f"{name}.values"))
-            if moe.router_name in routers(run):
-                moe.router_weight.data.copy_(file.get_tensor(moe.router_name))
     batch = random_batch([[20], [17]])
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager").eval()
     with torch.no_grad():
         theirs = reference(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        hidden = model.run_layers(batch, 0, model.num_layers)
-        ours = model.logits(hidden.reshape(-1, hidden.shape[-1])).view_as(theirs)
+    ours = logits_of(with_delta(run.model, run.delta), batch)
     assert float((ours - theirs).abs().max()) < 1e-5
 
 

@@ -11,15 +11,13 @@ import pytest
 import torch
 from runs import World, raw_tensors, read_json
 from source_checkpoints import LINEAR, to_fp8, to_fp8_channels, to_int4, to_mxfp4
-from test_export import SHORT, Run, deltas, export, routers
+from test_export import SHORT, Run, bases, deltas, export, routers
 from test_source_formats import config_class
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from usaf.checkpoint import Checkpoint
-from usaf.expert_store import FILE_NAME, read_store
 from usaf.merged_folder import except_modules
-from usaf.quantization import dequantize
 
 
 class Format(NamedTuple):
@@ -149,13 +147,9 @@ def test_onto_the_dequantized_base(run_of: Callable[[str], Run], what: str, tmp_
     """Native four-bit experts are their own dequantised base: those that were not trained stay as they are."""
     run, form = run_of(what), FORMATS[what]
     figures = export(run, tmp_path / "out", "--base", "dequantized", "--dtype", "fp32")
-    trained, model = deltas(run), Checkpoint(run.model).model
-    checkpoint = Checkpoint(tmp_path / "out")
+    trained, checkpoint = deltas(run), Checkpoint(tmp_path / "out")
     native = form.name in ("int4", "mxfp4")
-    for target, entry in read_store(run.model / FILE_NAME).entries.items():
-        transposed = model.get_submodule(target.rpartition(".")[0]).is_transposed
-        weight = dequantize(entry)
-        weight = weight.transpose(1, 2) if transposed else weight
+    for target, weight in bases(run).items():
         stored = torch.stack([checkpoint.read_expert(target, e) for e in range(len(weight))])
         assert (checkpoint.four_bit(target) is not None) == (what == "mxfp4" and target not in trained)
         assert torch.equal(stored.float(), weight + trained.get(target, torch.zeros(()))), target

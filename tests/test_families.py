@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from all_families import CONFIGS, FAMILIES, VOCAB, WRAPPERS, class_of, has_interface, tiny_config, write_checkpoint
-from families import activate, base_into, build, random_batch, write_tokens
+from all_families import CONFIGS, FAMILIES, WRAPPERS, class_of, has_interface, tiny_config, write_checkpoint
+from families import activate, base_into, build, leaks, logits_of, random_batch, with_delta, write_tokens
 from runs import events, raw_tensors, read_json
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -127,18 +127,12 @@ def loaded(folder: Path, record: Record) -> tuple[SparseModel, PreTrainedModel]:
     return model, reference
 
 
-def logits_of(model: SparseModel) -> Tensor:
-    with torch.no_grad():
-        hidden = model.run_layers(BATCH, 0, model.num_layers)
-        return model.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
-
-
 def same_logits(model: SparseModel, reference: PreTrainedModel, record: Record) -> None:
     activate(model)
     base_into(reference, model)
     with torch.no_grad():
         expected = reference(**RAW).logits
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(logits_of(model, BATCH), expected, rtol=1e-5, atol=2e-6)
     assert expected.std() > 0.05
     record.checked.append("logits")
 
@@ -198,16 +192,8 @@ def split_anywhere(model: SparseModel, record: Record) -> None:
 
 def documents_apart(folder: Path, reference: PreTrainedModel, record: Record) -> None:
     """Whether documents are packed agrees with whether an edit of one moves the logits of the next."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCAB, (1, 40), generator=generator)
-    edited = ids.clone()
-    edited[0, :19] = torch.randint(3, VOCAB, (19,), generator=generator)
-    positions = torch.cat([torch.arange(19), torch.arange(21)]).unsqueeze(0)
-    with torch.no_grad():
-        rows = [reference(input_ids=i, position_ids=positions, use_cache=False).logits[0, 19:] for i in (ids, edited)]
-    leaks = float((rows[0] - rows[1]).abs().max()) > 1e-4
     apart = keeps_documents_apart(Checkpoint(folder).model)
-    assert apart == (not leaks)
+    assert apart == (not leaks(reference, 19, 40))
     if not apart:
         record.notes.append("one document a row")
     record.checked.append("packing")
@@ -244,15 +230,9 @@ def exported(delta: Path, output: Path, *flags: str) -> Path:
 def exported_as_trained(folder: Path, delta: Path, tmp_path: Path, record: Record) -> None:
     """Onto the dequantised base: transformers loads the folder and computes what the trained model does."""
     output = exported(delta, tmp_path / "as trained", "--base", "dequantized", "--dtype", "fp32")
-    model, result = build(folder), load_delta(delta)
-    for moe in model.moe:
-        for name, bank in zip(moe.names, moe.banks, strict=True):
-            if name in result.experts:
-                bank.set_active(*result.experts[name])
-        if moe.router_name in result.routers:
-            moe.router_weight.data.copy_(result.routers[moe.router_name])
+    model = with_delta(folder, delta)
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(model), reference_of(output)(**RAW).logits, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(logits_of(model, BATCH), reference_of(output)(**RAW).logits, rtol=1e-5, atol=2e-6)
 
 
 def exported_as_stored(folder: Path, delta: Path, tmp_path: Path, record: Record) -> None:

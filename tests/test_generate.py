@@ -28,7 +28,6 @@ from test_device_training import directml_backend
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from usaf.delta import load_delta
 from usaf.errors import UserError
 from usaf.generate import main
 from usaf.generation import (
@@ -406,15 +405,7 @@ def delta_of(world: World) -> str:
 
 def loaded(world: World, with_delta: bool) -> PreTrainedModel:
     """transformers' own model of a finished run, by the delta's file alone."""
-    model = families.build(world.model)
-    if with_delta:
-        delta = load_delta(Path(delta_of(world)))
-        for moe in model.moe:
-            for name, bank in zip(moe.names, moe.banks, strict=True):
-                if name in delta.experts:
-                    bank.set_active(*delta.experts[name])
-            if moe.router_name in delta.routers:
-                moe.router_weight.data.copy_(delta.routers[moe.router_name])
+    model = families.with_delta(world.model, Path(delta_of(world))) if with_delta else families.build(world.model)
     return reference_of(world.model, model)
 
 

@@ -54,8 +54,7 @@ class ExpertStore:
 
 def target_shape(checkpoint: Checkpoint, experts_name: str, target: str) -> tuple[int, int, int]:
     """(E, out, in) of a fused parameter; transposed families are stored [E, out, in] as well."""
-    parameter = checkpoint.model.get_parameter(target)
-    experts, rows, columns = parameter.shape
+    experts, rows, columns = checkpoint.plan.shapes[target]
     if checkpoint.model.get_submodule(experts_name).is_transposed:
         rows, columns = columns, rows
     return int(experts), int(rows), int(columns)
