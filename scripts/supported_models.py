@@ -1,9 +1,9 @@
 """The README's table of supported models, made of what the tests really checked.
 
-    USAF_FAMILY_RESULTS=results.jsonl pytest tests/test_families.py -m "slow or not slow"
+    USAF_FAMILY_RESULTS=results.jsonl pytest tests/test_families.py tests/test_adapters.py -m "slow or not slow"
     python scripts/supported_models.py results.jsonl --readme README.md
 
-A line of the results is one family's record (`tests/test_families.py`); of several, the last one counts. Without
+A line of the results says what tests have shown of one family; lines of the same family are added up. Without
 `--readme` the table is printed. A check that did not hold, or was not made, is a dash.
 """
 
@@ -24,7 +24,8 @@ MODELS = {
     "deepseek_v2": "DeepSeek-V2", "deepseek_v3": "DeepSeek-V3, Kimi K2", "deepseek_v4": "DeepSeek-V4",
     "ernie4_5_moe": "ERNIE-4.5", "gemma4": "Gemma 4 MoE", "gemma4_text": "Gemma 4 MoE", "glm4_moe": "GLM-4.5",
     "glm4v_moe": "GLM-4.5V", "gpt_oss": "gpt-oss", "granitemoe": "Granite-MoE", "hunyuan_v1_moe": "Hunyuan",
-    "kimi_k25": "Kimi K2.5", "minimax_m2": "MiniMax-M2", "mistral3": "Mistral 3 with an MoE text part",
+    "kimi_k25": "Kimi K2.5", "llama4_text": "Llama 4", "longcat_flash": "LongCat-Flash", "step3p7": "Step 3.7",
+    "dbrx": "DBRX", "jetmoe": "JetMoE", "minimax_m2": "MiniMax-M2", "mistral3": "Mistral 3 with an MoE text part",
     "mixtral": "Mixtral 8x7B, 8x22B", "nemotron_h": "Nemotron-H", "olmoe": "OLMoE", "phimoe": "Phi-MoE",
     "qwen2_moe": "Qwen2-MoE", "qwen3_5_moe": "Qwen3.5-MoE", "qwen3_moe": "Qwen3-MoE, Qwen3-235B-A22B",
     "qwen3_next": "Qwen3-Next", "qwen3_vl_moe": "Qwen3-VL-MoE",
@@ -33,9 +34,13 @@ MODELS = {
 
 
 def read_records(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The last record of each family."""
-    records = [json.loads(line) for line in lines if line.strip()]
-    return {record["family"]: record for record in records}
+    """The records of each family in one: what any of them says."""
+    records: dict[str, dict[str, Any]] = {}
+    for record in (json.loads(line) for line in lines if line.strip()):
+        known = records.setdefault(record["family"], record)
+        for name in ("checked", "notes"):
+            known[name] = list(dict.fromkeys([*known[name], *record[name]]))
+    return records
 
 
 def table(records: Mapping[str, Mapping[str, Any]]) -> str:

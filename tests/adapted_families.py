@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +182,13 @@ def reference_of(folder: Path, family: str, model: SparseModel) -> PreTrainedMod
             for (parameter, view), part in zip(projection, weight.chunk(len(projection), dim=1), strict=True):
                 view(parameter.data, bank.num_experts).copy_(part)
     return reference
+
+
+def record_check(family: str, *checked: str) -> None:
+    """A line for `scripts/supported_models.py`: this has held. Variants, named behind a comma, add nothing."""
+    if "," in family:
+        return
+    line = {"family": family, "saved_class": FAMILIES[family][1], "checked": checked, "notes": ["by an adapter"],
+            "transformers": transformers.__version__}  # fmt: skip
+    with open(os.environ["USAF_FAMILY_RESULTS"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

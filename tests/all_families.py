@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from usaf.checkpoint import model_class
+from usaf.architecture import model_class
 
 VOCAB, LAYERS = 128, 4
 COMMON: dict[str, Any] = {

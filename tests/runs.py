@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from families import write_checkpoint, write_tokens
 from safetensors import safe_open
 
 from usaf.expert_store import FILE_NAME
+from usaf.memory import PeakMemory, private_bytes, resident_bytes
 from usaf.run import RunFolder
 from usaf.train import main
 
@@ -135,6 +137,15 @@ def signal_at_step(monkeypatch: Any, number: signal.Signals, step: int) -> None:
     on_event(
         monkeypatch, lambda event, v: event == "step" and v["step"] == step, lambda: signal.raise_signal(number)
     )  # fmt: skip
+
+
+def peaks_of(work: Callable[[], object]) -> tuple[int, int]:
+    """Private and resident bytes that `work` needs beyond those that the process has already."""
+    gc.collect()
+    private, resident, memory = private_bytes(), resident_bytes(), PeakMemory()
+    work()
+    memory.stop()
+    return memory.private - private, memory.resident - resident
 
 
 # ---- processes that are killed --------------------------------------------------------------------------------------

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from families import tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from usaf.checkpoint import SINGLE_NAME
+from usaf.source_folder import INDEX_NAME, SINGLE_NAME
+from usaf.tensor_file import TensorFileWriter
 
 LINEAR = re.compile(r"(self_attn|mlp|ffn|attn)\..*(proj|w\d|wq_a|wq_b|wkv|wo_a|wo_b)\.weight$")
 EXPERT = re.compile(r"experts\.\d+\.(\w+)\.weight$")
@@ -168,3 +172,44 @@ def to_fp4(folder: Path, scale_type: torch.dtype) -> Path:
         return {name: tensor}
 
     return rewrite(folder, change, {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"})
+
+
+def write_shards(folder: Path, layers: int, int4: bool) -> int:
+    """A checkpoint with a shard for each layer, of 10 experts of 3 x 1536 x 4096 weights; returns its bytes. What is
+    written is one random piece over and over."""
+    config = tiny_config(
+        "qwen3_moe", num_hidden_layers=layers, hidden_size=4096, head_dim=128, moe_intermediate_size=1536,
+        num_experts=10,
+    )  # fmt: skip
+    config.architectures, config.dtype = ["Qwen3MoeForCausalLM"], torch.bfloat16
+    if int4:
+        config.quantization_config = compressed_config(int4_args(32), "pack-quantized")
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    shards: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {f"{i}.safetensors": {} for i in range(layers)}
+    for n, p in names.items():
+        if ".experts." not in n:
+            shards["0.safetensors"][n] = (torch.bfloat16, tuple(p.shape))
+    for layer in range(layers):
+        for e in range(10):
+            for part, (rows, columns) in {"gate": (1536, 4096), "up": (1536, 4096), "down": (4096, 1536)}.items():
+                name, shapes = (
+                    f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight",
+                    shards[f"{layer}.safetensors"],
+                )
+                if int4:
+                    shapes[name + "_packed"] = (torch.int32, (rows, columns // 8))
+                    shapes[name + "_scale"] = (torch.bfloat16, (rows, columns // 32))
+                else:
+                    shapes[name] = (torch.bfloat16, (rows, columns))
+    random = torch.randn(4096 * 4096, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    for shard, shapes in shards.items():
+        with open(folder / shard, "w+b") as file:
+            writer = TensorFileWriter(file, shapes, {"format": "pt"})
+            for name, (dtype, shape) in shapes.items():
+                count = math.prod(shape) * dtype.itemsize // 2
+                writer.write(name, 0, random[:count].view(dtype) if count else torch.zeros(shape, dtype=dtype))
+    where = {name: shard for shard, shapes in shards.items() for name in shapes}
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": where}), encoding="utf-8")
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -38,7 +38,8 @@ from transformers.core_model_loading import Chunk, Concatenate, ConversionOps, T
 from usaf import adapters, evaluate, export
 from usaf.adapters.dbrx import RowsToExperts
 from usaf.adapters.fused import FusedExperts
-from usaf.checkpoint import SINGLE_NAME, Checkpoint, expert_by_expert, meta_model
+from usaf.architecture import meta_model
+from usaf.checkpoint import Checkpoint
 from usaf.data import Batch
 from usaf.delta import load_delta
 from usaf.errors import UserError
@@ -46,6 +47,8 @@ from usaf.expert_store import shapes_of
 from usaf.experts import is_experts_module
 from usaf.model import SparseModel
 from usaf.packing import keeps_documents_apart
+from usaf.source_folder import SINGLE_NAME
+from usaf.weight_plan import expert_by_expert
 
 BATCH = random_batch([[9, 7], [11], [5, 3, 6]])  # llama4's chunks are of 8 tokens, step3p7's windows too
 RAW: dict[str, Any] = {"input_ids": BATCH.input_ids, "position_ids": BATCH.position_ids, "use_cache": False}
@@ -118,6 +121,7 @@ def test_doge_is_refused_in_one_line() -> None:
 # -- reading a checkpoint
 
 
+@pytest.mark.checks("load")
 @pytest.mark.parametrize("family", KNOWN)
 def test_every_parameter_is_read_as_transformers_reads_it(
     family: str, checkpoint_of: Callable[[str], Path]
@@ -175,7 +179,7 @@ def test_one_expert_is_read_at_a_time(
         monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("read a tensor of all experts"))
     for target in targets:
         for e in range(len(whole[target])):
-            assert torch.equal(checkpoint.read_expert(target, e, len(whole[target])), whole[target][e]), (target, e)
+            assert torch.equal(checkpoint.read_expert(target, e), whole[target][e]), (target, e)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +195,7 @@ def test_converters_that_mix_experts_are_told(operation: ConversionOps, apart: b
 # -- the model against transformers
 
 
+@pytest.mark.checks("logits")
 @pytest.mark.parametrize("family", KNOWN)
 def test_logits_equal_those_of_transformers(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     model = build(checkpoint_of(family))
@@ -201,6 +206,7 @@ def test_logits_equal_those_of_transformers(family: str, checkpoint_of: Callable
     torch.testing.assert_close(logits_of(model), expected, **CLOSE)
 
 
+@pytest.mark.checks("gradients")
 @pytest.mark.parametrize("family", KNOWN)
 def test_loss_and_gradients_equal_the_dense_ones(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     model = build(checkpoint_of(family))
@@ -258,6 +264,7 @@ def test_only_chosen_experts_are_computed(family: str, checkpoint_of: Callable[[
             assert [captured.starts[-1] for captured in bank.captured or []] == [pairs]
 
 
+@pytest.mark.checks("split")
 @pytest.mark.parametrize("family", KNOWN)
 def test_two_stretches_give_the_bits_of_the_whole_at_every_split(
     family: str, checkpoint_of: Callable[[str], Path]
@@ -291,6 +298,7 @@ def test_computing_in_bfloat16_is_close_and_keeps_routers_in_fp32(
             assert torch.nn.functional.cosine_similarity(got.grad.flatten(), want.grad.flatten(), 0) > 0.9  # type: ignore[union-attr]
 
 
+@pytest.mark.checks("packing")
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_answer_about_packed_documents_agrees_with_the_logits(family: str) -> None:
     model = random_model(family)
@@ -384,6 +392,7 @@ class AdaptedWorld(World):
         self.other = write_tokens(root / "other.jsonl", samples=6, seed=5)
 
 
+@pytest.mark.checks("run", "reload", "export")
 @pytest.mark.parametrize("family", KNOWN)
 def test_a_whole_run_and_its_delta_evaluated_again(family: str, tmp_path: Path) -> None:
     world = AdaptedWorld(tmp_path, family)

@@ -228,7 +228,8 @@ def config_not_json(world: World, folder: Path) -> dict[str, object]:
 
 
 def unknown_type(world: World, folder: Path) -> dict[str, object]:
-    return rewrite_config(own_model(world, folder), model_type="nothing_like_this")
+    changes = {"model_type": "nothing_like_this", "architectures": ["NothingLikeThisForCausalLM"]}
+    return rewrite_config(own_model(world, folder), **changes)
 
 
 def already_quantised(world: World, folder: Path) -> dict[str, object]:
@@ -284,6 +285,38 @@ def truncated_shard(world: World, folder: Path) -> dict[str, object]:
     return {"MODEL": model}
 
 
+def shard_elsewhere(written: str) -> Prepare:
+    """written: what the index says in the place of the name of a shard, which lies there for this test."""
+
+    def prepare(world: World, folder: Path) -> dict[str, object]:
+        model = sharded(world, folder)
+        index = model / "model.safetensors.index.json"
+        name = written.format(folder=folder)
+        (model / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(model / "model-00002-of-00002.safetensors", model / name)
+        text = index.read_text(encoding="utf-8").replace('"model-00002-of-00002.safetensors"', json.dumps(name))
+        index.write_text(text, encoding="utf-8")
+        return {"MODEL": model}
+
+    return prepare
+
+
+def expert_of_integers(world: World, folder: Path) -> dict[str, object]:
+    """One expert's tensor alone, which joined to the others would pass for a float."""
+    model = own_model(world, folder)
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("experts.3.up_proj.weight"))
+    tensors[name] = tensors[name].view(torch.int16)
+    save_file(tensors, model / "model.safetensors")
+    return {"MODEL": model}
+
+
+def groups_without_names(world: World, folder: Path) -> dict[str, object]:
+    own_model(world, folder)
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": [{"weights": None}]}
+    return rewrite_config(folder / "own-model", quantization_config=said)
+
+
 def without_tensor(part: str) -> Prepare:
     def prepare(world: World, folder: Path) -> dict[str, object]:
         model = own_model(world, folder)
@@ -308,6 +341,11 @@ BAD_MODELS: dict[str, tuple[Prepare, list[str]]] = {
     "no weights": (no_weights, ["model.safetensors"]),
     "a missing shard": (missing_shard, ["model-00002-of-00002.safetensors"]),
     "a truncated shard": (truncated_shard, ["model-00002-of-00002.safetensors"]),
+    "a shard above": (shard_elsewhere("../elsewhere.safetensors"), ["index.json", "../elsewhere.safetensors"]),
+    "a shard below": (shard_elsewhere("below/x.safetensors"), ["index.json", "below/x.safetensors"]),
+    "a shard by its full path": (shard_elsewhere("{folder}/x.safetensors"), ["index.json", "x.safetensors"]),
+    "an expert of integers": (expert_of_integers, ["experts.3.up_proj.weight", "torch.int16"]),
+    "groups without names": (groups_without_names, ["config.json", "config_groups"]),
     "without a norm": (without_tensor("layers.1.input_layernorm"), ["layers.1.input_layernorm"]),
     "without an expert": (without_tensor("layers.3.mlp.experts.5.up_proj"), ["layers.3.mlp.experts"]),
 }

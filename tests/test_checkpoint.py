@@ -19,9 +19,10 @@ from families import COMMON, FAMILIES, random_model, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, core_model_loading
 
-from usaf import checkpoint as checkpoint_module
-from usaf.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, resolve_model
+from usaf import source_folder
+from usaf.checkpoint import Checkpoint
 from usaf.errors import UserError
+from usaf.source_folder import INDEX_NAME, SINGLE_NAME, resolve_model
 from usaf.tensor_file import TensorFile
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -62,7 +63,7 @@ def check_against_transformers(folder: Path, dtype: torch.dtype) -> None:
         for target in pair:
             experts = len(reference[target])
             for e in range(experts):
-                assert torch.equal(checkpoint.read_expert(target, e, experts), reference[target][e]), (target, e)
+                assert torch.equal(checkpoint.read_expert(target, e), reference[target][e]), (target, e)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +98,7 @@ def test_one_expert_is_read_from_its_own_tensors_alone(
     whole = TensorFile.read
     monkeypatch.setattr(TensorFile, "read", lambda self, key: (read.append(key), whole(self, key))[1])
     (name, (up, _)), *_ = checkpoint.expert_parameters().items()
-    checkpoint.read_expert(up, 5, 8)
+    checkpoint.read_expert(up, 5)
     assert sorted(read) == [f"{name}.5.gate_proj.weight", f"{name}.5.up_proj.weight"]
 
 
@@ -116,7 +117,7 @@ def test_experts_of_several_parameters_in_one_list(tmp_path: Path, monkeypatch: 
     for target, whole in wholes.items():
         for e in range(len(whole)):
             seen.clear()
-            assert torch.equal(checkpoint.read_expert(target, e, len(whole)), whole[e])
+            assert torch.equal(checkpoint.read_expert(target, e), whole[e])
             assert len(seen) == (2 if target == up else 1)
 
 
@@ -154,7 +155,7 @@ def test_one_expert_of_a_fused_source_is_read_through_its_converter(
     )  # fmt: skip
     for e in range(4):
         read.clear()
-        assert torch.equal(checkpoint.read_expert(target, e, 4), whole[e])
+        assert torch.equal(checkpoint.read_expert(target, e), whole[e])
         once = whole.numel() if e == 0 else 0  # one that mixes experts is read whole, and once
         assert sum(read) == (once if what == "experts reordered" else whole[e].numel())
 
@@ -169,7 +170,7 @@ def test_two_fused_tensors_are_joined_an_expert_at_a_time(folders: Callable[...,
     checkpoint.sources[target].keys = [(target, "a"), (other, "b")]
     whole = torch.cat([checkpoint.tensor(target), checkpoint.tensor(other)], dim=1)
     for e in range(4):
-        assert torch.equal(checkpoint.read_expert(target, e, 4), whole[e])
+        assert torch.equal(checkpoint.read_expert(target, e), whole[e])
 
 
 @pytest.mark.parametrize("shard", ["1GB", "40KB"], ids=["one file", "sharded"])
@@ -197,7 +198,7 @@ def test_experts_may_be_fused_where_their_family_has_them_apart(
         assert torch.equal(fused.read(target), apart.read(target))
     for pair in fused.expert_parameters().values():
         for target in pair:
-            assert torch.equal(fused.read_expert(target, 5, 8), apart.read_expert(target, 5, 8))
+            assert torch.equal(fused.read_expert(target, 5), apart.read_expert(target, 5))
 
 
 def test_tied_embeddings_in_shards_with_extra_heads(folders: Callable[..., Path], tmp_path: Path) -> None:
@@ -437,7 +438,7 @@ def test_fingerprint_tells_another_model_and_a_fine_tune(copy: Path, tmp_path: P
     "model", ["./models/typo", "/no/such/folder", "typo", "C:\\models\\typo", "~/no/such", "a/b/c"]
 )
 def test_a_misspelt_folder_is_refused_without_asking_the_network(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_module, "from_hub", lambda _: pytest.fail("asked the network"))
+    monkeypatch.setattr(source_folder, "from_hub", lambda _: pytest.fail("asked the network"))
     with pytest.raises(UserError, match=r"MODEL=.*: no such folder; give a folder with config\.json") as caught:
         resolve_model(model)
     assert f"MODEL={model}:" in str(caught.value)
@@ -454,7 +455,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty hub cache, and a hub at an address that takes connections and never answers."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as conftest sets it, nothing is asked
-    monkeypatch.setattr(checkpoint_module, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(source_folder, "HUB_SECONDS", 0.2)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -492,7 +493,7 @@ def test_what_the_hub_says_comes_in_one_line(no_hub: Path, error: Exception, mon
 def test_a_download_that_breaks_off_is_one_line(no_hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, allow_patterns: list[str], ignore_patterns: list[str]) -> None:
         assert "*.safetensors" in allow_patterns
-        raise checkpoint_module.HTTPError("peer closed the connection")
+        raise source_folder.HTTPError("peer closed the connection")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)

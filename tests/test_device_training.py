@@ -110,8 +110,13 @@ def train(folder: Path, backend: Backend, cache: Path) -> Course:
     """Boundary states, importance, three steps with the reselection after the second, and an evaluation."""
     torch.manual_seed(0)
     recorder = OperatorRecorder()
-    with contextlib.nullcontext() if AVAILABLE and backend.device.type == "cpu" else recorder:
+    on_host = backend.device.type == "cpu"
+    with contextlib.ExitStack() as recording:
+        if not on_host:
+            recording.enter_context(recorder)
         trainer = trainer_of(folder, backend, cache)
+        if on_host and not AVAILABLE:  # after the loading: torch 2.4 makes no tensor of a subclass while it is recorded
+            recording.enter_context(recorder)
         trainer.states.fill(lambda _: None)
         found = find_important(trainer.model, trainer.states, trainer.rows, range(4), 0.02, 2, 24, lambda _: None)
         trainer.activate(found.active)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
-import json
-import math
 import os
 import pickle
 import shutil
@@ -17,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, random_model, tiny_config, write_checkpoint
-from runs import die_at, processes, wait
+from runs import die_at, peaks_of, processes, wait
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from source_checkpoints import compressed_config, int4_args
+from source_checkpoints import write_shards
 from transformers import AutoModelForCausalLM
 
 from usaf import expert_store, files, partial
-from usaf.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from usaf.checkpoint import Checkpoint
 from usaf.errors import RunError, UserError
 from usaf.expert_store import (
     FILE_NAME,
@@ -36,8 +33,8 @@ from usaf.expert_store import (
     read_store,
     shapes_of,
 )
-from usaf.memory import PeakMemory, private_bytes, resident_bytes
 from usaf.quantization import QuantizedTensor, dequantize, quantize, quantize_4bit, quantize_minmax
+from usaf.source_folder import SINGLE_NAME
 from usaf.tensor_file import TensorFile, TensorFileWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -107,7 +104,7 @@ def test_odd_intermediate_sizes(tmp_path: Path, width: int) -> None:
     down = "model.layers.0.mlp.experts.down_proj"
     assert store[down].shape == (4, 64, width)
     assert store[down].packed.shape == (4, 64, (width + 1) // 2)
-    weight = torch.stack([checkpoint.read_expert(down, e, 4) for e in range(4)]).float()
+    weight = torch.stack([checkpoint.read_expert(down, e) for e in range(4)]).float()
     step = weight.abs().max() * 2 / 15
     assert (dequantize(store[down]) - weight).abs().max() < step
 
@@ -156,53 +153,8 @@ def conversion_peaks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int
     monkeypatch.setattr(expert_store, "quantize", quantize_minmax)
     checkpoint = Checkpoint(folder)
     name, shape = next(iter(shapes_of(checkpoint).items()))
-    quantize_minmax(checkpoint.read_expert(name, 0, shape[0]).unsqueeze(0))  # what torch sets up once
-    gc.collect()
-    private, resident, memory = private_bytes(), resident_bytes(), PeakMemory()
-    convert(checkpoint, folder / FILE_NAME, 128, 4, quiet)
-    memory.stop()
-    return memory.private - private, memory.resident - resident
-
-
-def write_shards(folder: Path, layers: int, int4: bool) -> int:
-    """A checkpoint with a shard for each layer, of 10 experts of 3 x 1536 x 4096 weights; returns its bytes. What is
-    written is one random piece over and over."""
-    config = tiny_config(
-        "qwen3_moe", num_hidden_layers=layers, hidden_size=4096, head_dim=128, moe_intermediate_size=1536,
-        num_experts=10,
-    )  # fmt: skip
-    config.architectures, config.dtype = ["Qwen3MoeForCausalLM"], torch.bfloat16
-    if int4:
-        config.quantization_config = compressed_config(int4_args(32), "pack-quantized")
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        names = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
-    shards: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {f"{i}.safetensors": {} for i in range(layers)}
-    for n, p in names.items():
-        if ".experts." not in n:
-            shards["0.safetensors"][n] = (torch.bfloat16, tuple(p.shape))
-    for layer in range(layers):
-        for e in range(10):
-            for part, (rows, columns) in {"gate": (1536, 4096), "up": (1536, 4096), "down": (4096, 1536)}.items():
-                name, shapes = (
-                    f"model.layers.{layer}.mlp.experts.{e}.{part}_proj.weight",
-                    shards[f"{layer}.safetensors"],
-                )
-                if int4:
-                    shapes[name + "_packed"] = (torch.int32, (rows, columns // 8))
-                    shapes[name + "_scale"] = (torch.bfloat16, (rows, columns // 32))
-                else:
-                    shapes[name] = (torch.bfloat16, (rows, columns))
-    random = torch.randn(4096 * 4096, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
-    for shard, shapes in shards.items():
-        with open(folder / shard, "w+b") as file:
-            writer = TensorFileWriter(file, shapes, {"format": "pt"})
-            for name, (dtype, shape) in shapes.items():
-                count = math.prod(shape) * dtype.itemsize // 2
-                writer.write(name, 0, random[:count].view(dtype) if count else torch.zeros(shape, dtype=dtype))
-    where = {name: shard for shard, shapes in shards.items() for name in shapes}
-    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": where}), encoding="utf-8")
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    quantize_minmax(checkpoint.read_expert(name, 0).unsqueeze(0))  # what torch sets up once
+    return peaks_of(lambda: convert(checkpoint, folder / FILE_NAME, 128, 4, quiet))
 
 
 @pytest.mark.slow

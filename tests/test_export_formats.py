@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from runs import World, raw_tensors, read_json
-from source_checkpoints import to_fp8, to_fp8_channels, to_int4, to_mxfp4
+from source_checkpoints import LINEAR, to_fp8, to_fp8_channels, to_int4, to_mxfp4
 from test_export import SHORT, Run, deltas, export, routers
 from test_source_formats import config_class
 from torch import Tensor
@@ -127,6 +128,22 @@ def test_a_declaration_of_several_formats_loses_the_one_that_is_gone() -> None:
     assert said["config_groups"] == {"a": fp8, "b": int4}
 
 
+def test_a_router_in_few_bits_comes_out_in_16(tmp_path: Path) -> None:
+    world = World(tmp_path, moe_intermediate_size=64)
+    to_fp8(world.model, only=re.compile(rf"{LINEAR.pattern}|mlp\.gate\.weight$"))
+    run = Run(world.model, world.finished("short", **SHORT) / "delta.safetensors", world)
+    export(run, tmp_path / "out", "--no-evaluate")
+    source, written = raw_tensors(run.model), raw_tensors(tmp_path / "out")
+    assert {source[name][1] for name in routers(run)} == {"F8_E4M3"}
+    assert {written[name][1] for name in routers(run)} == {"BF16"}
+    left_alone = read_json(tmp_path / "out" / "config.json")["quantization_config"]["modules_to_not_convert"]
+    layers = [f"model.layers.{i}.mlp" for i in (2, 3)]
+    assert left_alone == [name for layer in layers for name in (f"{layer}.experts", f"{layer}.gate")]
+    checkpoint = Checkpoint(tmp_path / "out")
+    for name, weight in routers(run).items():
+        assert torch.equal(checkpoint.read(name), weight.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("what", FORMATS)
 def test_onto_the_dequantized_base(run_of: Callable[[str], Run], what: str, tmp_path: Path) -> None:
     """Native four-bit experts are their own dequantised base: those that were not trained stay as they are."""
@@ -139,7 +156,7 @@ def test_onto_the_dequantized_base(run_of: Callable[[str], Run], what: str, tmp_
         transposed = model.get_submodule(target.rpartition(".")[0]).is_transposed
         weight = dequantize(entry)
         weight = weight.transpose(1, 2) if transposed else weight
-        stored = torch.stack([checkpoint.read_expert(target, e, len(weight)) for e in range(len(weight))])
+        stored = torch.stack([checkpoint.read_expert(target, e) for e in range(len(weight))])
         assert (checkpoint.four_bit(target) is not None) == (what == "mxfp4" and target not in trained)
         assert torch.equal(stored.float(), weight + trained.get(target, torch.zeros(()))), target
     for evaluation in figures["evaluations"]:

@@ -6,6 +6,7 @@ was checked and has held; `scripts/supported_models.py` makes the README's table
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from usaf import evaluate, export, train
 from usaf.checkpoint import Checkpoint
 from usaf.data import NO_TARGET
 from usaf.delta import load_delta
+from usaf.devices import choose_backend
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import SparseModel
 from usaf.packing import keeps_documents_apart
@@ -109,7 +111,7 @@ def loaded(folder: Path, record: Record) -> tuple[SparseModel, PreTrainedModel]:
         for target in pair:
             experts = expected[target]
             for e in range(len(experts)):
-                assert torch.equal(checkpoint.read_expert(target, e, len(experts)).float(), experts[e]), (target, e)
+                assert torch.equal(checkpoint.read_expert(target, e).float(), experts[e]), (target, e)
     model = build(folder)
     tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     held = {**dict(model.model.named_parameters()), **dict(model.model.named_buffers())}
@@ -280,6 +282,32 @@ def exported_as_stored(folder: Path, delta: Path, tmp_path: Path, record: Record
 
 def checkpoint_transposed(checkpoint: Checkpoint, target: str) -> bool:
     return bool(checkpoint.model.get_submodule(target.rpartition(".")[0]).is_transposed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_computing_in_16_bits_is_close(family: str, tmp_path: Path) -> None:
+    """What a card does: forward and backward above a cut in bfloat16, the state entering it included."""
+    if not has_interface(family):
+        pytest.skip(f"transformers {transformers.__version__} has no experts interface for {family}")
+    folder = write_checkpoint(tmp_path, family)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(folder, dataclasses.replace(choose_backend(False, True), compute_dtype=dtype))
+        activate(model)
+        cut = model.handover.splits[-2]
+        with torch.no_grad():
+            state = model.run_layers(BATCH, 0, cut).to(torch.bfloat16).to(dtype)
+        hidden = model.run_layers(BATCH, cut, model.num_layers, state)
+        loss, gradient = loss_and_gradient(model, hidden, BATCH, 7, 1 / count_targets(BATCH))
+        hidden.backward(gradient)
+        losses.append(loss)
+        for moe in model.moe_from(cut):
+            for weight in (moe.router_weight, *(bank.delta for bank in moe.banks)):
+                assert weight.grad is not None
+                assert weight.dtype == weight.grad.dtype == torch.float32
+                assert torch.isfinite(weight.grad).all()
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_representative_families_are_known() -> None:

@@ -16,10 +16,10 @@ PACKAGE = REPOSITORY / "usaf"
 ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
-    {"devices", "kernels", "source_formats", "partial"},  # level 1
+    {"devices", "kernels", "source_formats", "source_folder", "partial"},  # level 1
     {"experts", "linear", "samples", "demo"},  # level 2, in five rows: samples below data and prompts,
     {"adapters"},  # rewrite families into what experts.py serves,
-    {"skeleton"},  # what a family's code says of itself,
+    {"skeleton", "architecture", "weight_plan"},  # what a family's code says of itself,
     {"checkpoint", "data", "prompts"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model", "merge"},  # level 3

@@ -61,6 +61,17 @@ def test_equals_an_ordinary_layer(dtype: torch.dtype, bias: bool, block: int, mo
         assert torch.equal(x.grad, reference.grad)  # type: ignore[arg-type]
 
 
+def test_a_layer_without_inputs_gives_zeros() -> None:
+    """Of a shared expert that a configuration leaves out (n_shared_experts 0)."""
+    layer = FrozenLinear(nn.Parameter(torch.zeros(ROWS, 0, dtype=torch.bfloat16), requires_grad=False), None)
+    x = torch.zeros(2, 0, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros(2, ROWS))
+    assert x.grad is not None
+    assert x.grad.shape == (2, 0)
+
+
 def test_float64_activations() -> None:
     frozen, wide = pair(torch.bfloat16, True)
     x = inputs(3).detach().double()

@@ -187,6 +187,19 @@ def test_tied_embeddings_are_one_tensor_and_give_the_same_logits(tmp_path: Path)
     torch.testing.assert_close(logits_of(model), reference_logits(reference_of(folder, model)), **CLOSE)
 
 
+def test_a_tied_head_that_a_family_keeps_in_fp32_is_not_in_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HY-V4 rounds hidden states to the type of its head, which must not be that of the embedding it is tied to."""
+    folder = write_checkpoint(tmp_path, "qwen3_moe", tie_word_embeddings=True)
+    monkeypatch.setattr(transformers.Qwen3MoeForCausalLM, "_keep_in_fp32_modules_strict", ["lm_head"])
+    model = build(folder)
+    head = model.model.get_parameter("lm_head.weight")
+    assert head is model.model.get_parameter("model.embed_tokens.weight")
+    assert head.dtype == torch.float32
+    torch.testing.assert_close(logits_of(model), reference_logits(reference_of(folder, model)), **CLOSE)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resident_weights_give_the_same_bits(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     results = []

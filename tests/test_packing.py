@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCAB, random_model, tiny_config
 
-from usaf.checkpoint import meta_model
+from usaf.architecture import meta_model
 from usaf.packing import DOCUMENT, hides_first_document, keeps_documents_apart
 
 

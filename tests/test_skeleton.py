@@ -14,7 +14,8 @@ from transformers import MixtralConfig, Qwen3OmniMoeConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from usaf import train
-from usaf.checkpoint import Checkpoint, meta_model
+from usaf.architecture import meta_model
+from usaf.checkpoint import Checkpoint
 from usaf.errors import UserError
 from usaf.packing import kinds
 from usaf.skeleton import Handover, find_decoder, get, handover, put, skeleton
@@ -38,6 +39,12 @@ def test_the_hidden_state_alone_crosses_in_most_families() -> None:
     assert [crossing(found, b) for b in range(5)] == [[]] + [[(b, ("out",), (64,))] for b in range(4)]
     assert found.segments(1, 4) == [(1, 2), (2, 3), (3, 4)]
     assert found.width(2) == 64
+
+
+def test_a_shared_expert_without_neurons_is_no_obstacle() -> None:
+    config = tiny_config("deepseek_v3")
+    config.n_shared_experts = 0
+    assert handover(meta_model(config)).splits == [0, 1, 2, 3, 4]
 
 
 def test_several_residual_streams_are_one_state() -> None:
@@ -150,7 +157,11 @@ def test_remote_code_names_of_known_architectures_are_read(tmp_path: Path) -> No
     """Kimi K2 is a DeepSeek-V3 by another model_type, and K2.5 names a class that transformers spells otherwise."""
     folder = write_checkpoint(tmp_path / "k2", "deepseek_v3")
     change_config(folder, model_type="kimi_k2")
-    assert type(Checkpoint(folder).model).__name__ == "DeepseekV3ForCausalLM"
+    checkpoint = Checkpoint(folder)
+    assert type(checkpoint.model).__name__ == "DeepseekV3ForCausalLM"
+    assert not checkpoint.missing(checkpoint.model.state_dict()), (
+        "its experts are apart in the file, fused in the model"
+    )
     if "kimi_k25" in CONFIG_MAPPING:
         folder = write_checkpoint(tmp_path / "k25", "kimi_k25")
         change_config(folder, architectures=["KimiK25ForConditionalGeneration"])

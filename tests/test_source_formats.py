@@ -31,12 +31,13 @@ from source_checkpoints import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from usaf.checkpoint import SINGLE_NAME, Checkpoint
+from usaf.checkpoint import Checkpoint
 from usaf.errors import UserError
 from usaf.evaluate import main as evaluate_command
 from usaf.expert_store import FILE_NAME, convert, open_or_make, read_store, shapes_of
 from usaf.quantization import dequantize, quantize
 from usaf.session import make_resident
+from usaf.source_folder import SINGLE_NAME
 from usaf.tensor_file import TensorFile
 from usaf.train import main as train
 
@@ -52,6 +53,8 @@ def config_class(name: str) -> Any:
     found = getattr(transformers, name, None)
     if found is None or "dequantize" not in found.__init__.__code__.co_varnames:
         pytest.skip(f"this transformers has no {name}(dequantize=True)")
+    if name == "Mxfp4Config" and not hasattr(torch, "accelerator"):
+        pytest.skip("transformers loads MXFP4 through torch.accelerator, which this torch (below 2.6) does not have")
     return found(dequantize=True)
 
 
@@ -76,9 +79,9 @@ def compare_experts(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> Non
         transposed = checkpoint.model.get_submodule(target.rpartition(".")[0]).is_transposed
         for e in range(experts):
             expected = reference[target][e]
-            assert torch.equal(checkpoint.read_expert(target, e, experts).to(expected.dtype), expected), (target, e)
+            assert torch.equal(checkpoint.read_expert(target, e).to(expected.dtype), expected), (target, e)
             if checkpoint.four_bit(target) is not None:
-                stored = checkpoint.read_four_bit(target, e, experts)
+                stored = checkpoint.read_four_bit(target, e)
                 assert stored.shape == (1, rows, columns)
                 decoded = dequantize(stored, expected.dtype)[0]
                 assert torch.equal(decoded.t() if transposed else decoded, expected), (target, e)
@@ -130,8 +133,8 @@ def deepseek_v4(folder: Path) -> Path:
 @pytest.mark.skipif(not hasattr(transformers, "DeepseekV4Config"), reason="transformers does not know the family")
 @pytest.mark.parametrize("scale_type", ["float8_e8m0fnu", "uint8"])
 def test_fp4_of_deepseek_v4_equals_transformers(tmp_path: Path, scale_type: str) -> None:
-    if not hasattr(torch, scale_type):
-        pytest.skip(f"this torch has no {scale_type}")
+    if not hasattr(torch, "float8_e8m0fnu"):  # whichever type the file has them in
+        pytest.skip("transformers loads scales that are exponents only where torch has float8_e8m0fnu (from 2.7 on)")
     folder = to_fp4(deepseek_v4(tmp_path / "model"), getattr(torch, scale_type))
     compare(folder, config_class("FineGrainedFP8Config"), {"plain", "fp8", "fp4"})
 
@@ -170,7 +173,7 @@ def compare_packed(folder: Path) -> None:
         stem, names = target.rpartition(".")[0], ["gate_proj", "up_proj"] if "gate_up" in target else ["down_proj"]
         for e in range(experts):
             weight = torch.cat([expected[f"{stem}.{e}.{name}.weight"] for name in names])
-            stored = checkpoint.read_four_bit(target, e, experts)
+            stored = checkpoint.read_four_bit(target, e)
             assert torch.equal(dequantize(stored, stored.dtype)[0], weight.to(stored.dtype)), (target, e)
 
 
@@ -269,7 +272,7 @@ def test_fused_fp8_experts_are_read_one_at_a_time(tmp_path: Path, form: str, mon
     for target, weight in expected.items():
         assert torch.equal(checkpoint.read(target), weight)
         read.clear()
-        assert torch.equal(checkpoint.read_expert(target, 2, len(weight)), weight[2])
+        assert torch.equal(checkpoint.read_expert(target, 2), weight[2])
         per_expert = weight[2].numel()
         scales = checkpoint.entry(target + "_scale_inv").nbytes // (1 if form == "whole" else len(weight))
         assert sum(read.values()) == per_expert + scales
@@ -340,7 +343,7 @@ def test_native_experts_are_copied_code_by_code(folders: Callable[[str], Path], 
     assert not store.quantized
     for target, entry in store.entries.items():
         for e in range(entry.shape[0]):
-            stored, kept = checkpoint.read_four_bit(target, e, entry.shape[0]), entry.expert(e)
+            stored, kept = checkpoint.read_four_bit(target, e), entry.expert(e)
             assert torch.equal(stored.packed, kept.packed)
             assert torch.equal(stored.scale, kept.scale)
             assert torch.equal(stored.table, kept.table)  # type: ignore[arg-type]

@@ -39,8 +39,10 @@ def test_writer_files_are_read_by_safetensors_and_aligned(tmp_path: Path, seed: 
         assert opened.metadata() == {"made by": "us"}
         assert set(opened.keys()) == set(tensors)
         for name, tensor in tensors.items():
-            assert opened.get_tensor(name).dtype == tensor.dtype
-            assert torch.equal(opened.get_tensor(name), tensor)
+            found = opened.get_tensor(name)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            # by their bits: torch 2.4 cannot compare 8-bit floats
+            assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from usaf.errors import UserError
 from usaf.files import replacing
-from usaf.tensor_file import TensorFileWriter
+from usaf.tensor_file import TensorFile, TensorFileWriter
 
 FORMAT = "usaf-delta-1"
 INT32_LIMIT = 2**31
@@ -55,17 +54,11 @@ def load_delta(path: Path) -> Delta:
     """Raises UserError for anything that is not a whole delta file."""
     if not path.is_file():
         raise UserError(f"--delta {path}: no such file; a finished run leaves it as runs/<tag>/delta.safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(
-                    f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run"
-                )
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read as a whole safetensors file ({' '.join(str(error).split())}); copy it "
-                        "again, or run again") from None  # fmt: skip
+    file = TensorFile(path, "copy it again, or run again")
+    metadata = file.metadata
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run")
+    tensors = {name: file.read(name) for name in file.entries}
     experts = {
         name.removesuffix(".indices"): (indices.to(torch.int64), tensors[f"{name.removesuffix('.indices')}.values"])
         for name, indices in tensors.items()

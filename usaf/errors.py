@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """Another library's message, as part of one of ours."""
+    return " ".join(str(error).split())
+
+
 class UserError(Exception):
     """One line: the setting or file (and line), its value, the rule it breaks, and the remedy."""
 

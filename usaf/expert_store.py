@@ -23,11 +23,11 @@ import torch
 from usaf import __version__
 from usaf.checkpoint import Checkpoint
 from usaf.console import say
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 from usaf.files import hash_file, require_space, require_writable
 from usaf.partial import allocated_bytes, continued, partial_path
 from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
-from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout, one_line
+from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout
 
 FILE_NAME, LEGACY_NAME = "experts_q4.safetensors", "experts_q4.pt"
 FORMAT = "usaf-experts-2"
@@ -149,13 +149,12 @@ def experts_in_order(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int, i
 
 def read_quantized(checkpoint: Checkpoint, name: str, target: str, e: int, encoding: Encoding) -> QuantizedTensor:
     """One expert [1, out, in] as it goes into the file: as it is stored in four bits, or quantised now."""
-    experts = checkpoint.model.get_parameter(target).shape[0]
     try:
         if encoding.name != "hqq":
-            stored = checkpoint.read_four_bit(target, e, experts)
+            stored = checkpoint.read_four_bit(target, e)
             check_finite(stored)
             return stored
-        weight = checkpoint.read_expert(target, e, experts)
+        weight = checkpoint.read_expert(target, e)
         transposed = checkpoint.model.get_submodule(name).is_transposed
         weight = (weight.t() if transposed else weight).contiguous().unsqueeze(0)
         return quantize(weight, encoding.group_size, encoding.bits)

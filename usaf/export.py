@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from usaf.evaluation import Evaluation
-    from usaf.merge import BaseName, Merge
+    from usaf.merge import BaseName, Counts, Merge
     from usaf.session import Session
 
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -74,10 +74,10 @@ def export_command(arguments: argparse.Namespace) -> int:
     bar = LateBar("export", "B")
     try:
         with whole_folder(arguments.output) as folder:
-            write_folder(merge, folder, about, lambda done, total: bar(done, total, "export"))
+            counts = write_folder(merge, folder, about, lambda done, total: bar(done, total, "export"))
     finally:
         bar.abandon()
-    figures = {**about, "output": str(arguments.output), **count_figures(merge)}
+    figures = {**about, "output": str(arguments.output), **count_figures(counts)}
     report_counts(figures)
     if isinstance(session, Session):
         figures["evaluations"] = compare(session, merge, arguments.output)
@@ -88,8 +88,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def count_figures(merge: Merge) -> dict[str, Any]:
-    counts = merge.counts
+def count_figures(counts: Counts) -> dict[str, Any]:
     return {
         "active_nonzero_elements": counts.active, "changed_elements": counts.changed,
         "share_lost_to_rounding": counts.share_lost, "experts_changed": len(counts.experts_changed),

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
-from usaf.errors import UserError
+from usaf.errors import UserError, one_line
 from usaf.model import SparseModel
 from usaf.quantization import QuantizedTensor
 
@@ -79,8 +79,8 @@ def read_ending(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -
         try:
             found = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / 'generation_config.json'}: cannot be read ({' '.join(str(error).split())[:200]}"
-                            "); restore it, or delete it and do with the model's config") from None  # fmt: skip
+            raise UserError(f"{folder / 'generation_config.json'}: cannot be read ({one_line(error)[:200]}); "
+                            "restore it, or delete it and do with the model's config") from None  # fmt: skip
     ends = getattr(found, "eos_token_id", None)
     tokens = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
     strings = getattr(found, "stop_strings", None) or []

@@ -38,7 +38,7 @@ class WidenedLinear(torch.autograd.Function):
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    return max(1, WIDENED_ELEMENTS // weight.shape[1])
+    return max(1, WIDENED_ELEMENTS // max(1, weight.shape[1]))
 
 
 class FrozenLinear(nn.Module):

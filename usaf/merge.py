@@ -26,34 +26,43 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from usaf.checkpoint import Checkpoint, Piece
+from usaf.checkpoint import Checkpoint
 from usaf.delta import Delta
 from usaf.errors import UserError
 from usaf.expert_store import ExpertStore
 from usaf.quantization import dequantize
+from usaf.weight_plan import Piece
 
 BaseName = Literal["original", "dequantized"]
 
 
+class MergedPiece(NamedTuple):
+    """What one of the checkpoint's tensors, or a span of one, holds of an expert after the merge."""
+
+    piece: Piece
+    values: Tensor  # in the output's type
+    active: int  # non-zero deltas in it
+    changed: int  # of these, values that differ from the base's, rounded alike
+
+
 @dataclass
 class Counts:
-    """What a merge changed. Elements of trained expert parameters, counted as they are written."""
+    """What an export changed. Elements of trained expert parameters, counted as they are written."""
 
-    active: int = 0  # non-zero deltas
-    changed: int = 0  # of these, stored values that differ from the base's, rounded alike
+    active: int = 0
+    changed: int = 0
     experts_changed: set[tuple[str, int]] = field(default_factory=set)  # (experts module, expert)
+
+    def add(self, target: str, e: int, merged: MergedPiece) -> None:
+        self.active += merged.active
+        self.changed += merged.changed
+        if merged.changed:
+            self.experts_changed.add((target.rpartition(".")[0], e))
 
     @property
     def share_lost(self) -> float:
         """Non-zero deltas that rounding to the output's type erased."""
         return 1 - self.changed / self.active if self.active else 0.0
-
-
-class ExpertKey(NamedTuple):
-    """A tensor of the checkpoint that holds experts: those of `target`; `e` is None where it holds all of them."""
-
-    target: str
-    e: int | None
 
 
 class Merge:
@@ -70,6 +79,7 @@ class Merge:
         self, checkpoint: Checkpoint, store: ExpertStore, delta: Delta, base: BaseName, dtype: torch.dtype | None
     ) -> None:
         self.checkpoint, self.store, self.delta, self.base, self.dtype = checkpoint, store, delta, base, dtype
+        self.plan = checkpoint.plan
         self.transposed = {
             target: bool(checkpoint.model.get_submodule(name).is_transposed)
             for name, pair in checkpoint.expert_parameters().items()
@@ -79,9 +89,7 @@ class Merge:
         if lacking:
             raise UserError(f"{checkpoint.folder}: has no tensor for {lacking[0]}, so it cannot be written back; "
                             "give the complete checkpoint with --model")  # fmt: skip
-        self.counts = Counts()
         self._addresses: dict[str, Tensor | None] = {}
-        self._last: tuple[tuple[str, int], dict[Piece, Tensor]] | None = None
 
     @property
     def trained_routers(self) -> set[str]:
@@ -104,25 +112,25 @@ class Merge:
         return [target for target in self.transposed if target in written]
 
     @cached_property
-    def expert_keys(self) -> dict[str, ExpertKey]:
-        """The checkpoint's (logical) tensors that `expert_piece` gives, by name."""
-        found = {}
+    def expert_keys(self) -> dict[str, list[tuple[str, int]]]:
+        """The checkpoint's (logical) tensors that hold experts which are written anew -> these, (target, expert)."""
+        found: dict[str, list[tuple[str, int]]] = {}
         for target in self.targets:
             for e in range(self.num_experts(target)):
                 for piece in self.pieces(target, e):
-                    found[piece.key] = ExpertKey(target, e if piece.rows is None else None)
+                    found.setdefault(piece.key, []).append((target, e))
         return found
 
     @cached_property
     def router_keys(self) -> dict[str, str]:
         """Checkpoint tensor -> the router weight it is, or is a part of."""
-        return {key: name for name in self.delta.routers for key, _ in self.checkpoint.sources[name].keys}
+        return {key: name for name in self.delta.routers for key, _ in self.plan.sources[name].keys}
 
     def num_experts(self, target: str) -> int:
         return self.store[target].shape[0]
 
     def pieces(self, target: str, e: int) -> list[Piece]:
-        pieces = self.checkpoint.expert_pieces(target, e, self.num_experts(target))
+        pieces = self.plan.expert_pieces(target, e)
         if pieces is None:
             raise UserError(f"{self.checkpoint.folder}: {target} mixes experts in one tensor in a way that cannot be "
                             "written back expert by expert; this family cannot be exported yet")  # fmt: skip
@@ -133,37 +141,39 @@ class Merge:
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
-    def expert_piece(self, key: str, e: int) -> Tensor:
-        """What the checkpoint's tensor `key` holds of expert e, in the output's type: all of it, or its rows."""
-        target = self.expert_keys[key].target
-        if self._last is None or self._last[0] != (target, e):  # the tensors of an expert lie side by side
-            merged = self._merge_pieces(target, e)
-            self._last = (target, e), dict(zip(self.pieces(target, e), merged, strict=True))
-        return next(tensor for piece, tensor in self._last[1].items() if piece.key == key)
+    def expert_pieces(self, target: str, e: int) -> list[MergedPiece]:
+        """Expert e of a fused parameter as it is written: its part of each tensor that it is made of."""
+        pieces = self.pieces(target, e)
+        places, values = self._delta_of(target, e)
+        base = self._base_of(target, e, pieces)
+        merged = base.clone()
+        merged[places] += values
+        found, first = [], 0
+        for piece, part in zip(pieces, self._split(pieces, merged), strict=True):
+            rounded = self._rounded(piece.key, part)
+            active = places[(places >= first) & (places < first + part.numel())]
+            changed = rounded.reshape(-1)[active - first] != base[active].to(rounded.dtype)
+            found.append(MergedPiece(piece, rounded, len(active), int(changed.sum())))
+            first += part.numel()
+        return found
 
     def expert(self, target: str, e: int) -> Tensor:
         """[out, in] of expert e after the merge, rounded as in the output, in fp32: what loads from the file."""
-        merged = self.checkpoint.assemble(target, self.pieces(target, e), self._merge_pieces(target, e), 1)[0]
-        return (merged.t() if self.transposed[target] else merged).to(torch.float32)
+        pieces = self.expert_pieces(target, e)
+        values = (merged.values for merged in pieces)
+        weight = self.plan.assemble_expert(target, [merged.piece for merged in pieces], values)[0]
+        return (weight.t() if self.transposed[target] else weight).to(torch.float32)
 
-    def _merge_pieces(self, target: str, e: int) -> list[Tensor]:
-        pieces = self.pieces(target, e)
-        places, values = self._delta_of(target, e)
+    def _base_of(self, target: str, e: int, pieces: list[Piece]) -> Tensor:
+        """fp32: what the delta is added to, as the values of the pieces, one behind the other."""
         if self.base == "original":
-            base = torch.cat([self.checkpoint.read_piece(p).to(torch.float32).reshape(-1) for p in pieces])
-        else:
-            weight = dequantize(self.store[target].expert(e))[0]
-            base = self._to_checkpoint(target, weight.t() if self.transposed[target] else weight)
-        merged = base.clone()
-        merged[places] += values
-        parts = zip(pieces, self._split(pieces, merged), strict=True)
-        rounded = [self._rounded(piece.key, part) for piece, part in parts]
-        self._count(target, e, places, base, merged, self.output_dtype(pieces[0].key))
-        return rounded
+            return torch.cat([self.checkpoint.read_piece(p).to(torch.float32).reshape(-1) for p in pieces])
+        weight = dequantize(self.store[target].expert(e))[0]
+        return self._to_checkpoint(target, weight.t() if self.transposed[target] else weight)
 
     def _split(self, pieces: list[Piece], flat: Tensor) -> list[Tensor]:
         """The values of pieces that lie one behind the other, in their shapes."""
-        shapes = [torch.Size(self.checkpoint.piece_shape(piece)) for piece in pieces]
+        shapes = [torch.Size(self.plan.piece_shape(piece)) for piece in pieces]
         parts = flat.split([shape.numel() for shape in shapes])
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -174,21 +184,6 @@ class Merge:
             raise UserError(f"--dtype: {key} reaches {float(values.abs().max()):.6g}, beyond {dtype}; use --dtype bf16 "
                             "or fp32")  # fmt: skip
         return rounded
-
-    def _count(self, target: str, e: int, places: Tensor, base: Tensor, merged: Tensor, dtype: torch.dtype) -> None:
-        expert = target.rpartition(".")[0], e
-        changed = int((merged[places].to(dtype) != base[places].to(dtype)).sum())
-        if (target, e) not in self._counted:
-            self._counted.add((target, e))
-            self.counts.active += len(places)
-            self.counts.changed += changed
-            if changed:
-                self.counts.experts_changed.add(expert)
-
-    @cached_property
-    def _counted(self) -> set[tuple[str, int]]:
-        """Experts that were counted: one whose tensors lie in two shards is merged for each."""
-        return set()
 
     def _delta_of(self, target: str, e: int) -> tuple[Tensor, Tensor]:
         """(places in the flattened pieces of expert e, values) of its non-zero deltas."""
@@ -221,10 +216,11 @@ class Merge:
         """
         if target not in self._addresses:
             is_router = target in self.delta.routers
-            pieces = self.router_pieces(target) if is_router else self.pieces(target, 0)
-            size = sum(torch.Size(self.checkpoint.piece_shape(piece)).numel() for piece in pieces)
+            pieces = self.plan.sources[target].pieces if is_router else self.pieces(target, 0)
+            size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
             stored = self._split(pieces, torch.arange(size))
-            addresses = self.checkpoint.assemble(target, pieces, stored, None if is_router else 1).reshape(-1)
+            assemble = self.plan.assemble if is_router else self.plan.assemble_expert
+            addresses = assemble(target, pieces, stored).reshape(-1)
             if len(addresses) != size or not bool((torch.bincount(addresses) == 1).all()):
                 raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
                                 "this family cannot be exported yet")  # fmt: skip
@@ -236,17 +232,14 @@ class Merge:
     def router_piece(self, key: str) -> Tensor:
         """The checkpoint's tensor `key` of a trained router, in the output's type."""
         name = self.router_keys[key]
-        pieces = self.router_pieces(name)
+        pieces = self.plan.sources[name].pieces
         parts = self._split(pieces, self._to_checkpoint(name, self.delta.routers[name]))
         return self._rounded(key, next(part for piece, part in zip(pieces, parts, strict=True) if piece.key == key))
 
     def router(self, name: str) -> Tensor:
         """A router's weight after the merge, rounded as in the output, in fp32: what loads from the file."""
-        pieces = self.router_pieces(name)
-        return self.checkpoint.assemble(name, pieces, [self.router_piece(p.key) for p in pieces]).to(torch.float32)
-
-    def router_pieces(self, name: str) -> list[Piece]:
-        return [Piece(key, pattern, None) for key, pattern in self.checkpoint.sources[name].keys]
+        pieces = self.plan.sources[name].pieces
+        return self.plan.assemble(name, pieces, (self.router_piece(p.key) for p in pieces)).to(torch.float32)
 
 
 class StoredWeights:
@@ -258,7 +251,7 @@ class StoredWeights:
 
     def expert(self, target: str, e: int) -> Tensor:
         """[out, in], fp32."""
-        stored = self.checkpoint.read_expert(target, e, self.merge.num_experts(target)).to(torch.float32)
+        stored = self.checkpoint.read_expert(target, e).to(torch.float32)
         return stored.t() if self.merge.transposed[target] else stored
 
     def router(self, name: str) -> Tensor:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from usaf.checkpoint import INDEX_NAME, SINGLE_NAME
 from usaf.errors import RunError, UserError
 from usaf.files import FULL_DISK, flush, flush_folder, require_space, write_json
-from usaf.merge import Merge
+from usaf.merge import Counts, Merge
+from usaf.source_folder import INDEX_NAME, SINGLE_NAME
 from usaf.source_formats import FourBit
 from usaf.tensor_file import TensorFileWriter, tensor_bytes_count
 
@@ -44,16 +44,17 @@ def refuse_taken(output: Path) -> None:
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when the block ends well, and vanishes when it does not."""
-    output = output.absolute()
+    output = output.resolve()
     partial = output.with_name(f".{output.name}.partial")
+    is_there = output.is_dir()
     try:
+        if is_there:
+            output.rmdir()  # now, not after hours: a mount point cannot go, nor on Windows a folder that is in use
         if partial.exists():
             shutil.rmtree(partial)  # of a killed process
         partial.mkdir(parents=True)
         yield partial
         flush_folder(partial)
-        if output.exists():
-            output.rmdir()
         partial.replace(output)
         flush_folder(output.parent)
     except OSError as error:
@@ -62,10 +63,12 @@ def whole_folder(output: Path) -> Iterator[Path]:
                    f"rights of {output.parent}") from error  # fmt: skip
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if is_there and not output.exists():
+            output.mkdir()
 
 
-def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    """Every file of the exported model. `progress`: (bytes written, bytes in all).
+def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> Counts:
+    """Every file of the exported model, and what it changes. `progress`: (bytes written, bytes in all).
 
     Raises:
         UserError: the disk is too small, before anything is written.
@@ -73,7 +76,7 @@ def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Ca
     shards = plan_shards(merge)
     total = sum(tensor_bytes_count(*spec) for specs in shards.values() for spec in specs.values())
     require_space(folder, total, "the exported model", "free some, or give --output on another disk")
-    done = 0
+    counts, done = Counts(), 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -81,7 +84,7 @@ def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Ca
         progress(done, total)
 
     for shard, specs in shards.items():
-        write_shard(merge, shard, specs, folder / shard, advance)
+        write_shard(merge, shard, specs, folder / shard, counts, advance)
     if set(shards) != {SINGLE_NAME}:
         write_json(folder / INDEX_NAME, {
             "metadata": {"total_size": total},
@@ -90,6 +93,7 @@ def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Ca
     copy_companions(merge.checkpoint.folder, folder)
     write_json(folder / "config.json", exported_config(merge))
     write_json(folder / ABOUT_NAME, about)
+    return counts
 
 
 def plan_shards(merge: Merge) -> dict[str, Specs]:
@@ -111,24 +115,28 @@ def plan_shards(merge: Merge) -> dict[str, Specs]:
     return shards
 
 
-def write_shard(merge: Merge, shard: str, specs: Specs, path: Path, progress: Callable[[int], None]) -> None:
-    """One file of the output; one expert in memory at a time."""
+def write_shard(
+    merge: Merge, shard: str, specs: Specs, path: Path, counts: Counts, progress: Callable[[int], None]
+) -> None:
+    """One file of the output; one expert in memory at a time. One that lies in two shards is merged for each."""
     source = merge.checkpoint.file(shard)
     with open(path, "xb") as file:
         writer = TensorFileWriter(file, specs, source.metadata)
-        for name in sorted(specs, key=dot_natural_key):  # the tensors of one expert side by side
-            expert = merge.expert_keys.get(name)
+        for name, spec in specs.items():
+            if name in merge.expert_keys:
+                continue
             if name in merge.router_keys:
                 writer.write(name, 0, merge.router_piece(name))
-            elif expert is None:
-                writer.copy(name, source, name)
-            elif expert.e is not None:
-                writer.write(name, 0, merge.expert_piece(name, expert.e))
             else:
-                for e in range(merge.num_experts(expert.target)):
-                    row = merge.expert_piece(name, e)
-                    writer.write(name, e * row.numel(), row)
-            progress(tensor_bytes_count(*specs[name]))
+                writer.copy(name, source, name)
+            progress(tensor_bytes_count(*spec))
+        for target, e in dict.fromkeys(expert for name in specs for expert in merge.expert_keys.get(name, ())):
+            for merged in merge.expert_pieces(target, e):
+                if merged.piece.key in specs:
+                    rows, row_items = merged.piece.rows, merged.values[0].numel()
+                    writer.write(merged.piece.key, 0 if rows is None else rows[0] * row_items, merged.values)
+                    counts.add(target, e, merged)
+                    progress(merged.values.nbytes)
         flush(file)
 
 
@@ -156,7 +164,7 @@ def except_written(config: dict[str, Any], merge: Merge) -> None:
     written = quantized & {*merge.expert_keys, *merge.router_keys}
     if not written:
         return
-    modules = sorted({experts_module(key, merge) for key in written}, key=dot_natural_key)
+    modules = sorted({module_of(key, merge) for key in written}, key=dot_natural_key)
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for name in ("quantization_config", "compression_config"):
             if name in part and written == quantized:
@@ -179,10 +187,12 @@ def except_modules(quantization: dict[str, Any], modules: list[str], four_bit_le
         quantization["config_groups"] = {k: g for k, g in groups if (g.get("weights") or {}).get("num_bits") != 4}
 
 
-def experts_module(key: str, merge: Merge) -> str:
-    """The checkpoint's name of the experts that a tensor belongs to."""
+def module_of(key: str, merge: Merge) -> str:
+    """The checkpoint's name of the experts, or of the router, that a tensor belongs to."""
     before, found, _ = key.rpartition(".experts.")
-    return f"{before}.experts" if found else merge.expert_keys[key].target.rpartition(".")[0]
+    if found:
+        return f"{before}.experts"
+    return key.rpartition(".")[0] if key in merge.router_keys else merge.expert_keys[key][0][0].rpartition(".")[0]
 
 
 def set_dtype(config: dict[str, Any], name: str) -> None:

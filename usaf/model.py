@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,9 @@ class SparseModel:
         self.moe = find_moe_layers(model, self.layers_name)
         for moe in self.moe:
             moe.router.register_forward_pre_hook(widen_router_input)
+            for module in beside_router(model, moe, self.layers_name):
+                narrow = functools.partial(narrow_input, backend.compute_dtype)
+                module.register_forward_pre_hook(narrow, with_kwargs=True)
 
     @property
     def num_layers(self) -> int:
@@ -194,15 +197,8 @@ class SparseModel:
         for (of, where), tensor in by_place.items():
             if of == layer and where[0] != "out":
                 put(given, where, tensor)
-
-        def filled(template: Any) -> Any:
-            if isinstance(template, list):
-                return tuple(filled(part) for part in template)
-            if template is None:
-                return None
-            return by_place.get((layer, template), some if template in (("out",), ("out", 0)) else None)
-
-        return filled(self.handover.returns[layer])
+        made = {where: tensor for (of, where), tensor in by_place.items() if of == layer}
+        return _filled(self.handover.returns[layer], made, some)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] after the final norm -> [n, vocabulary], by the model's own head (its scalings and caps included)."""
@@ -216,6 +212,16 @@ class SparseModel:
             return self.model(input_ids=ids, use_cache=False).logits[0]
         finally:
             del self.decoder.__dict__["forward"]
+
+
+def _filled(template: Any, made: dict[Path, Tensor], some: Tensor | None) -> Any:
+    """A layer's return value in the form of `template`: `some` for a hidden state that nothing needs, None for others.
+
+    (No function inside another: one that calls itself would be a cycle, and hold a layer's states until it is found.)
+    """
+    if isinstance(template, list):
+        return tuple(_filled(part, made, some) for part in template)
+    return None if template is None else made.get(template, some if template in (("out",), ("out", 0)) else None)
 
 
 def _keep(
@@ -239,6 +245,29 @@ def widen_router_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     weight = module.weight
     assert isinstance(weight, Tensor)
     return tuple(a.to(weight.dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def beside_router(model: PreTrainedModel, moe: MoeLayer, layers_name: str) -> list[nn.Module]:
+    """What a router's weights may reach but for the experts, which take any type: the other modules of their block,
+    such as shared experts. (None where the block is the layer itself, as in gemma4.)"""
+    experts = moe.names[0].rpartition(".")[0]
+    block = experts.rpartition(".")[0]
+    if block.rpartition(".")[0] == layers_name:
+        return []
+    children = model.get_submodule(block).named_children()
+    return [m for name, m in children if f"{block}.{name}" != experts
+            and not f"{moe.router_name}.".startswith(f"{block}.{name}.")]  # fmt: skip
+
+
+def narrow_input(
+    dtype: torch.dtype, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The counterpart of `widen_router_input`: in a 16-bit model fp32 goes no further than routers and experts."""
+
+    def narrow(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+    return tuple(narrow(a) for a in args), {name: narrow(value) for name, value in kwargs.items()}
 
 
 def find_moe_layers(model: PreTrainedModel, layers_name: str) -> list[MoeLayer]:
@@ -329,11 +358,12 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
     """Give every parameter and buffer that is still on meta its value; returns the sha256 of what the checkpoint holds.
 
     Weights of plain linear and embedding layers stay in the checkpoint's type where the device can hold it (see
-    `Backend.held`); routers are fp32 masters (float64 where the model computes in float64); all others, small, are in
-    the compute type.
+    `Backend.held`); routers are fp32 masters (float64 where the model computes in float64), as are buffers beside
+    experts, among them correction biases; all others, small, are in the compute type.
     """
-    routers = {router_path(model, name, m) for name, m in model.named_modules() if hasattr(m, "up_bank")}
-    called = checkpoint.handover.called
+    experts = {name: module for name, module in model.named_modules() if hasattr(module, "up_bank")}
+    routers = {router_path(model, name, module) for name, module in experts.items()}
+    places = Places(routers, {name.rpartition(".")[0] for name in experts}, checkpoint.handover.called)
     shapes = {k: v.shape for k, v in model.state_dict().items() if v.is_meta}
     wanted = set(shapes)
     assert not checkpoint.missing(wanted), "the checkpoint's headers were checked when it was opened"
@@ -342,34 +372,51 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
         value = checkpoint.read(name)
         assert value.shape == shapes[name], name
         hashes[name] = hashlib.sha256(tensor_bytes(value)).hexdigest()
-        set_dense(model, name, value, routers, called, backend)
+        set_dense(model, name, value, places, backend)
     for target, source in model.all_tied_weights_keys.items():
         if target in wanted and target not in checkpoint.sources:
+            if keeps_fp32(model, target, places.routers):  # hy_v4's head computes in the type of its weight
+                set_dense(model, source, model.get_parameter(source).to(master_dtype(backend)), places, backend)
             owner = model.get_submodule(target.rpartition(".")[0])
             owner._parameters[target.rpartition(".")[2]] = model.get_parameter(source)
     initialise_tables(model)
-    freeze_linear(model, routers, called, backend.compute_dtype)
+    freeze_linear(model, places, backend.compute_dtype)
     return fingerprint(hashes)
 
 
-def set_dense(
-    model: PreTrainedModel, name: str, value: Tensor, routers: set[str], called: frozenset[str], backend: Backend
-) -> None:
+class Places(NamedTuple):
+    """Modules by their role: routers, the blocks that have experts, and all that are called (see `skeleton`)."""
+
+    routers: set[str]
+    blocks: set[str]
+    called: frozenset[str]
+
+
+def set_dense(model: PreTrainedModel, name: str, value: Tensor, places: Places, backend: Backend) -> None:
     """Put one tensor of the checkpoint in its place, in the type that `load_dense` says."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if value.is_floating_point():
-        if attribute in owner._buffers or keeps_fp32(model, name, routers):
-            value = value.to(torch.float64 if backend.compute_dtype == torch.float64 else torch.float32)
-        elif (type(owner) in (nn.Linear, nn.Embedding) and owner_name in called) or hasattr(owner, "in_stored_type"):
+        beside_experts = attribute in owner._buffers and any(name.startswith(f"{b}.") for b in places.blocks)
+        if beside_experts or keeps_fp32(model, name, places.routers):
+            value = value.to(master_dtype(backend))
+        elif (type(owner) in (nn.Linear, nn.Embedding) and owner_name in places.called) or (
+            hasattr(owner, "in_stored_type")
+        ):
             value = backend.held(value)
         else:
             value = value.to(backend.compute_dtype)
-    value = value.clone()  # a converter may hand out a view of something larger
+    if value.untyped_storage().nbytes() > value.nbytes:  # a converter may hand out a view of something larger
+        value = value.clone()
     if attribute in owner._parameters:
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[attribute] = value
+
+
+def master_dtype(backend: Backend) -> torch.dtype:
+    """Of weights that must not be rounded to the compute type."""
+    return torch.float64 if backend.compute_dtype == torch.float64 else torch.float32
 
 
 def keeps_fp32(model: PreTrainedModel, name: str, routers: set[str]) -> bool:
@@ -399,13 +446,13 @@ def initialise_tables(model: PreTrainedModel) -> None:
                 store.update(tensors)
 
 
-def freeze_linear(model: PreTrainedModel, routers: set[str], called: frozenset[str], dtype: torch.dtype) -> None:
+def freeze_linear(model: PreTrainedModel, places: Places, dtype: torch.dtype) -> None:
     """Put `FrozenLinear` and `FrozenEmbedding` in the place of plain linear and embedding layers that are called; where
     a family takes the weight itself instead, it stays in the compute type."""
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             full_name = f"{parent_name}.{name}".lstrip(".")
-            if full_name in routers or full_name not in called:
+            if full_name in places.routers or full_name not in places.called:
                 continue
             if type(child) is nn.Linear:
                 setattr(parent, name, FrozenLinear(child.weight, child.bias))

@@ -106,7 +106,8 @@ class BoundaryStates:
         return []
 
     def _stretch(self, chunks: list[int]) -> tuple[list[int], list[int]]:
-        width = self.model.handover.width(self.start) * 4
+        handover = self.model.handover
+        width = 4 * max(handover.width(cut) for cut in handover.splits if cut <= self.start)
         total = 0
         for i, c in enumerate(chunks):
             total += len(self.chunks[c]) * max(self.rows.length(r) for r in self.chunks[c]) * width

@@ -33,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quantize_command(arguments: argparse.Namespace) -> int:
-    from usaf.checkpoint import Checkpoint, resolve_model
+    from usaf.checkpoint import Checkpoint
     from usaf.expert_store import convert, find_path, read_store, shapes_of
     from usaf.files import require_writable, write_json
     from usaf.memory import PeakMemory
+    from usaf.source_folder import resolve_model
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 from usaf.files import FULL_DISK, FolderLock, flush, flush_folder, json_numbers, write_json
 from usaf.settings import ResolvedSettings
-from usaf.tensor_file import TensorFileWriter
+from usaf.tensor_file import TensorFile, TensorFileWriter
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 
@@ -151,16 +150,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(path: Path) -> SavedState:
     """Raises UserError where a file of it is damaged (not by this program: its checkpoints are whole or absent)."""
+    remedy = f"delete {path}, and RESUME goes on from the checkpoint before it, or begins anew where there is none"
     try:
         about = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        with safe_open(path / "state.safetensors", "pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: is damaged ({' '.join(str(error).split())}); delete this folder, and RESUME goes on from the "
-            "checkpoint before it, or begins anew where there is none"
-        ) from None
-    return SavedState(tensors, about)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'state.json'}: is damaged ({one_line(error)}); {remedy}") from None
+    file = TensorFile(path / "state.safetensors", remedy)
+    return SavedState({name: file.read(name) for name in file.entries}, about)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

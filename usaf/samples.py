@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 from jinja2 import TemplateError
 
-from usaf.errors import UserError
+from usaf.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -490,7 +490,7 @@ def render_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
             messages, chat_template=template, tokenize=False, add_generation_prompt=generation_prompt
         )
     except TemplateError as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(f"the model's chat template refuses these messages ({reason}); change them") from None
     assert isinstance(rendered, str)
     return rendered

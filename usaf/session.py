@@ -24,13 +24,13 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from usaf import __version__
-from usaf.checkpoint import Checkpoint, resolve_model
+from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
 from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
-from usaf.errors import UserError
+from usaf.errors import UserError, one_line
 from usaf.evaluation import Evaluation, evaluate
 from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
 from usaf.experts import ExpertBank
@@ -41,7 +41,7 @@ from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
-from usaf.tensor_file import one_line
+from usaf.source_folder import resolve_model
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory

@@ -92,6 +92,8 @@ def stand_in_for(module: nn.Module, generator: torch.Generator) -> Callable[...,
     if is_experts_module(module):
         return scaled
     if type(module) is nn.Linear:
+        if module.in_features == 0:  # of a shared expert that a configuration leaves out
+            return partial(nothing, module.out_features)
         place = int(torch.randint(module.in_features, (), generator=generator))
         return partial(turned, place, module.out_features)
     if isinstance(module, nn.Embedding):
@@ -118,6 +120,11 @@ def turned(place: int, out_features: int, x: Tensor) -> Tensor:
     if whole == 0:
         return x[..., place:rest] * 0.7
     return torch.cat([x[..., place:], *[x] * (whole - 1), x[..., :rest]], dim=-1) * 0.7
+
+
+def nothing(out_features: int, x: Tensor) -> Tensor:
+    """[..., 0] -> [..., out]: the product with a weight that has no columns."""
+    return x.sum(-1, keepdim=True) * x.new_zeros(out_features)
 
 
 def embed(row: Tensor, ids: Tensor) -> Tensor:

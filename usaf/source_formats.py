@@ -107,7 +107,10 @@ def check_compressed(said: dict[str, Any], path: Path) -> tuple[int, ...]:
     sparsity = (said.get("sparsity_config") or {}).get("format", "dense")
     if sparsity != "dense":
         raise unsupported(path, f"compressed-tensors with sparsity {sparsity}")
-    for group in (said.get("config_groups") or {}).values():
+    groups = said.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise unsupported(path, "compressed-tensors with config_groups that are no groups by name")
+    for group in groups.values():
         weights = group.get("weights")
         if weights is None:
             continue

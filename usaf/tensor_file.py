@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -264,7 +264,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in memory order, without a copy where it is contiguous on the host."""
     array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

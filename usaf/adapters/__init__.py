@@ -25,7 +25,7 @@ To add a family:
 4. Add a tiny configuration to `tests/adapted_families.py`. `tests/test_adapters.py` then holds the family to logits and
    gradients of transformers' own model, split execution, its answer about packed documents, and a whole run.
 
-When a newer transformers gives a family the interface, its adapter is no longer used (`checkpoint.meta_model` adapts
+When a newer transformers gives a family the interface, its adapter is no longer used (`architecture.meta_model` adapts
 only what has no experts modules), and a test asks for the adapter to be dropped.
 
 Left out: doge. Its routing mixes the scores of different tokens, so that a token's experts depend on the batch it is
