@@ -19,7 +19,7 @@ QUESTIONS=${QUESTIONS:-3}           # held-out problems to answer
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-160}
 
 export STEPS=${STEPS:-120} SEQ_LEN=${SEQ_LEN:-256} MICROBATCH=${MICROBATCH:-4}
-export TRAIN_FROM=${TRAIN_FROM:-22} FRAC=${FRAC:-0.02} LR_PEAK=${LR_PEAK:-1e-3} ROUTER_LR=${ROUTER_LR:-2e-4}
+export TRAIN_FROM=${TRAIN_FROM:-22} FRAC=${FRAC:-0.02} LR_PEAK=${LR_PEAK:-2e-3}
 export EVAL_EVERY=${EVAL_EVERY:-60} EVAL_SAMPLES=${EVAL_SAMPLES:-48} RESELECT_EVERY=${RESELECT_EVERY:-30}
 export OUTPUT_DIR=${OUTPUT_DIR:-runs} RUN_TAG=${RUN_TAG:-gsm8k-$(date +%Y%m%d-%H%M%S)}
 export PYTHONUTF8=1                 # Windows: tables and answers are not all ASCII
@@ -28,6 +28,11 @@ if [ -z "${PYTHON:-}" ]; then
     for PYTHON in .venv/bin/python .venv/Scripts/python.exe "$(command -v python3 || command -v python || true)"; do
         if [ -x "$PYTHON" ]; then break; fi
     done
+fi
+
+if [ ! -x "$PYTHON" ]; then
+    echo "error: no Python found; set PYTHON to one in which USAF is installed" >&2
+    exit 2
 fi
 
 step() { printf '\n== %s\n' "$*"; }

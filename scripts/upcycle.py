@@ -29,6 +29,7 @@ biases that balance loads are those of Wang et al. 2024 (loss-free balancing).
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import shutil
@@ -91,7 +92,7 @@ class Layer:
 class LayerFigures:
     """router_fit: R^2 of the router's logits against the distances; loads: shares of the calibration tokens over even
     ones; error: |moe - dense|^2 / |dense|^2 there; difference: the smallest relative distance of two experts' outputs
-    on the same tokens."""
+    on the same tokens, whichever they were sent to."""
 
     router_fit: float
     smallest_load: float
@@ -350,10 +351,12 @@ def balancing_bias(scores: Tensor, top_k: int) -> Tensor:
 
 
 def smallest_difference(layer: Layer, x: Tensor) -> float:
-    """The smallest |f_a(x) - f_b(x)| over any two experts, in units of |f_a(x)|'s mean over the experts."""
-    outputs = torch.stack([layer.expert(e, x).flatten() for e in range(len(layer.gate))])
-    distances = torch.pdist(outputs)
-    return float(distances.min() / outputs.norm(dim=1).mean())
+    """The smallest distance of two experts' outputs, over the size of outputs, as a mean over tokens: token by token,
+    since the first token of a text may have outputs a thousand times as large as the others."""
+    outputs = torch.stack([layer.expert(e, x) for e in range(len(layer.gate))])  # [E, n, H]
+    sizes = outputs.norm(dim=2).mean(0).clamp_min(1e-12)
+    pairs = itertools.combinations(range(len(outputs)), 2)
+    return min(float(((outputs[a] - outputs[b]).norm(dim=1) / sizes).mean()) for a, b in pairs)
 
 
 Parts = Iterable[tuple[Tensor, Tensor, Tensor]]
