@@ -270,6 +270,9 @@ def test_computing_in_16_bits_is_close(family: str, tmp_path: Path) -> None:
     """What a card does: forward and backward above a cut in bfloat16, the state entering it included."""
     if not has_interface(family):
         pytest.skip(f"transformers {transformers.__version__} has no experts interface for {family}")
+    if family == "deepseek_v4" and not deepseek_v4_computes_in_16_bits():
+        pytest.skip(f"transformers {transformers.__version__} cannot compute deepseek_v4 in 16 bits: its norms, kept "
+                    "in fp32, hand fp32 on to layers in 16 bits")  # fmt: skip
     folder = write_checkpoint(tmp_path, family)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -288,6 +291,13 @@ def test_computing_in_16_bits_is_close(family: str, tmp_path: Path) -> None:
                 assert weight.dtype == weight.grad.dtype == torch.float32
                 assert torch.isfinite(weight.grad).all()
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def deepseek_v4_computes_in_16_bits() -> bool:
+    """Not in transformers 5.13, where a forward fails whoever loaded the model."""
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
+
+    return DeepseekV4RMSNorm(4)(torch.ones(4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_representative_families_are_known() -> None:
