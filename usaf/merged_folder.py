@@ -133,7 +133,7 @@ def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Ca
     """
     shards = plan_shards(merge)
     total = sum(tensor_bytes_count(*spec) for specs in shards.values() for spec in specs.values())
-    require_space(folder, total, "the exported model", "free some, or give --output on another disk")
+    require_space(folder.parent, total, "the exported model", "free some, or give --output on another disk")
     done = 0
 
     def advance(count: int) -> None:
