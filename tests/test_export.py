@@ -30,6 +30,7 @@ from usaf.checkpoint import Checkpoint
 from usaf.delta import Delta
 from usaf.expert_store import FILE_NAME, open_or_make, read_store
 from usaf.export import main
+from usaf.files import lock
 from usaf.merged_folder import ABOUT_NAME
 from usaf.quantization import dequantize, quantize_minmax
 from usaf.session import DataOrder
@@ -323,6 +324,43 @@ def test_an_output_that_is_taken(
     refused(run, tmp_path, capsys, r"--output .*x: is a file", output="full/x")
     refused(run, tmp_path, capsys, r"--output .*y: could not be written", output="full/x/y")
     refused(run, tmp_path, capsys, r"--output .*model: is not empty", output=str(run.model))
+    refused(run, tmp_path, capsys, r"File name too long", output="x" * 300)
+
+
+def test_nothing_is_put_into_the_sources_folder(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of()
+    (tmp_path / "link").symlink_to(run.model, target_is_directory=True)
+    refused(run, tmp_path, capsys, "in the folder of the model", output=str(run.model / "out"))
+    refused(run, tmp_path, capsys, "in the folder of the model", output="link/below/out")
+
+
+def test_one_export_at_a_time(run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second would take the first one's half for a killed process's, and clear it away."""
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / SINGLE_NAME).write_bytes(b"half")
+    with open(tmp_path / ".out.lock", "wb") as file:
+        lock(file)
+        refused(run_of(), tmp_path, capsys, "another export is writing this folder")
+    export(run_of(), tmp_path / "out", "--no-evaluate")  # what a killed process left keeps nobody out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.json"]
+
+
+def test_a_link_to_an_empty_folder_is_filled(run_of: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real", target_is_directory=True)
+    export(run_of(), tmp_path / "out", "--no-evaluate")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / "config.json").is_file()
+
+
+def test_parents_that_were_made_for_a_refused_export_go_again(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    refused(run_of(), tmp_path, capsys, "the exported model needs", output="a/b/out")
 
 
 def test_an_empty_folder_is_filled(run_of: Callable[..., Run], tmp_path: Path) -> None:

@@ -275,5 +275,5 @@ def test_require_writable_asks_the_disk_and_leaves_nothing(tmp_path: Path, monke
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", denied)
-    with pytest.raises(UserError, match=r"--json .*Permission denied.*; give a file in a folder that can"):
+    with pytest.raises(UserError, match=r"--json .*Permission denied.*; give one in a folder that can"):
         require_writable(tmp_path / "x.json", "--json")

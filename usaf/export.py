@@ -52,7 +52,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
     from usaf.merge import Merge
-    from usaf.merged_folder import refuse_taken, whole_folder, write_folder
+    from usaf.merged_folder import refuse_place, refuse_taken, whole_folder, write_folder
     from usaf.session import Session, apply_delta, load, prepare, prepare_model, settings_of_run
 
     if arguments.json is not None:
@@ -62,6 +62,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     delta = load_delta(arguments.delta)
     settings, decisions = settings_of_run(delta, arguments), delta.about["decisions"]
     session = prepare_model(settings, decisions) if arguments.no_evaluate else prepare(settings, decisions, train=False)
+    refuse_place(arguments.output, session.checkpoint.folder)
     load(session)
     apply_delta(session, delta, arguments.delta)
     assert session.store is not None

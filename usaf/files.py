@@ -23,6 +23,7 @@ from typing import IO, Any
 from usaf.errors import RunError, UserError
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO} if os.name != "nt" else {errno.ENOSPC}
+HELD = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK}  # by another process, said of a lock
 
 
 def flush(file: IO[Any]) -> None:
@@ -112,13 +113,21 @@ def require_writable(path: Path, what: str) -> None:
     """
     if path.is_dir():
         raise UserError(f"{what} {path}: is a folder; give the name of a file")
-    existing = existing_parent(path.absolute().parent)
+    require_writable_folder(path.absolute().parent, f"{what} {path}")
+
+
+def require_writable_folder(folder: Path, what: str) -> None:
+    """Refuse a folder that takes no files, or cannot be made. Leaves nothing behind.
+
+    what: the flag or setting and its value, whose place this is.
+    """
+    existing = existing_parent(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise UserError(f"{what} {path}: could not be written ({existing}: {error.strerror or error}); give a file "
-                        "in a folder that can") from None  # fmt: skip
+        raise UserError(f"{what}: could not be written ({existing}: {error.strerror or error}); give one in a "
+                        "folder that can") from None  # fmt: skip
 
 
 def existing_parent(folder: Path) -> Path:

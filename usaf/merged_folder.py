@@ -7,10 +7,11 @@ towers). The folder appears whole or not at all, and the source is only read.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ import torch
 from transformers.core_model_loading import dot_natural_key
 
 from usaf.errors import RunError, UserError
-from usaf.files import FULL_DISK, flush, flush_folder, require_space, write_json
+from usaf.files import (
+    FULL_DISK,
+    HELD,
+    flush,
+    flush_folder,
+    lock,
+    require_space,
+    require_writable_folder,
+    write_json,
+)
 from usaf.merge import Counts, Merge
 from usaf.source_folder import INDEX_NAME, SINGLE_NAME
 from usaf.source_formats import FourBit
@@ -34,37 +44,88 @@ Specs = dict[str, tuple[torch.dtype | str, tuple[int, ...]]]
 
 def refuse_taken(output: Path) -> None:
     """Only a folder that is new or empty is written to."""
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if output.exists() or output.is_symlink():
-        what = "is not empty" if output.is_dir() else "is a file"
-        raise UserError(f"--output {output}: {what}; give a new folder, or delete this one first")
+    try:
+        if output.exists() or output.is_symlink():
+            if not output.is_dir():
+                raise UserError(f"--output {output}: is a file; give a new folder, or delete this one first")
+            if any(output.iterdir()):
+                raise UserError(f"--output {output}: is not empty; give a new folder, or delete this one first")
+    except OSError as error:
+        raise unwritable(output, error) from error
+
+
+def refuse_place(output: Path, source: Path) -> None:
+    """The source stays as it is: nothing is put into its folder either. Elsewhere, a folder must be possible there."""
+    if output.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--output {output}: lies in the folder of the model, {source}, which is only read; give a "
+                        "folder outside it")  # fmt: skip
+    require_writable_folder(output.absolute().parent, f"--output {output}")
+
+
+def unwritable(output: Path, error: OSError) -> UserError:
+    kind = RunError if error.errno in FULL_DISK else UserError
+    return kind(f"--output {output}: could not be written ({error.strerror or error}); free space or check the rights "
+                f"of {output.absolute().parent}")  # fmt: skip
 
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and vanishes when it does not."""
-    output = output.resolve()
+    """A folder beside `output` that takes its place when the block ends well, and vanishes when it does not, with the
+    parents that were made for it."""
+    output = output.resolve()  # where it is a link to an empty folder, that is filled and the link stays
     partial = output.with_name(f".{output.name}.partial")
+    made = [parent for parent in output.parents if not parent.exists()]
     is_there = output.is_dir()
     try:
-        if is_there:
-            output.rmdir()  # now, not after hours: a mount point cannot go, nor on Windows a folder that is in use
-        if partial.exists():
-            shutil.rmtree(partial)  # of a killed process
-        partial.mkdir(parents=True)
-        yield partial
-        flush_folder(partial)
-        partial.replace(output)
-        flush_folder(output.parent)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with alone(output):
+            refuse_taken(output)  # by a process that was at work meanwhile
+            try:
+                if is_there:
+                    output.rmdir()  # now, not after hours: a mount point cannot go, nor on Windows one that is in use
+                if partial.exists():
+                    shutil.rmtree(partial)  # of a killed process
+                partial.mkdir()
+                yield partial
+                flush_folder(partial)
+                partial.replace(output)
+                made = []
+                flush_folder(output.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                if is_there and not output.exists():
+                    output.mkdir()
     except OSError as error:
-        kind = RunError if error.errno in FULL_DISK else UserError
-        raise kind(f"--output {output}: could not be written ({error.strerror or error}); free space or check the "
-                   f"rights of {output.parent}") from error  # fmt: skip
+        raise unwritable(output, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_there and not output.exists():
-            output.mkdir()
+        for parent in made:
+            with suppress(OSError):  # somebody else's files are in it by now
+                parent.rmdir()
+
+
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """One process at a time writes `output`: two would clear away each other's half. The lock is the system's."""
+    path = output.with_name(f".{output.name}.lock")
+    while True:
+        with open(path, "a+b") as file:
+            try:
+                lock(file)
+            except OSError as error:
+                if error.errno in HELD:
+                    raise UserError(f"--output {output}: another export is writing this folder; wait until it has "
+                                    "finished, or give another one") from None  # fmt: skip
+                # a disk without locks: nothing keeps a second process out there
+            if os.name == "nt" or os.fstat(file.fileno()).st_nlink > 0:
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):  # Windows removes no open file
+                        path.unlink()
+                break
+            # else it was removed by a process that finished between the opening and the lock
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> Counts:
@@ -75,7 +136,7 @@ def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Ca
     """
     shards = plan_shards(merge)
     total = sum(tensor_bytes_count(*spec) for specs in shards.values() for spec in specs.values())
-    require_space(folder, total, "the exported model", "free some, or give --output on another disk")
+    require_space(folder.parent, total, "the exported model", "free some, or give --output on another disk")
     counts, done = Counts(), 0
 
     def advance(count: int) -> None:

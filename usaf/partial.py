@@ -13,7 +13,6 @@ Left out: a check that the bytes on the disk are still those that were written.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import IO
 
 from usaf.errors import RunError, UserError
-from usaf.files import FULL_DISK, flush, flush_folder, lock
+from usaf.files import FULL_DISK, HELD, flush, flush_folder, lock
 
 FLUSH_SECONDS = 5.0
-HELD = {errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK}
 
 
 class Partial:
