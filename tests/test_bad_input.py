@@ -233,6 +233,10 @@ def unknown_type(world: World, folder: Path) -> dict[str, object]:
     return rewrite_config(own_model(world, folder), **changes)
 
 
+def unknown_activation(world: World, folder: Path) -> dict[str, object]:
+    return rewrite_config(own_model(world, folder), hidden_act="nothing_like_this")
+
+
 def already_quantised(world: World, folder: Path) -> dict[str, object]:
     return rewrite_config(own_model(world, folder), quantization_config={"quant_method": "awq", "bits": 4})
 
@@ -336,6 +340,7 @@ BAD_MODELS: dict[str, tuple[Prepare, list[str]]] = {
     "an empty folder": (empty_folder, ["config.json"]),
     "config is not JSON": (config_not_json, ["config.json"]),
     "unknown type": (unknown_type, ["nothing_like_this"]),
+    "unknown activation": (unknown_activation, ["config.json", "nothing_like_this"]),
     "already quantised": (already_quantised, ["awq"]),
     "dense": (dense, ["no MoE layers", "llama"]),
     "truncated": (truncated, ["model.safetensors", "download it again"]),

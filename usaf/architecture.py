@@ -93,9 +93,10 @@ def meta_model(config: Any, attention: str | None = None) -> PreTrainedModel:
                 attn_implementation=attention,
                 experts_implementation=EXPERTS_IMPLEMENTATION,
             )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # by transformers
         raise UserError(f"MODEL: transformers {transformers.__version__} cannot build {cls.__name__} from config.json "
-                        f"({one_line(error)[:300]})") from None  # fmt: skip
+                        f"({type(error).__name__}: {one_line(error)[:300]}); correct it, or use a newer transformers"
+                        ) from None  # fmt: skip
     if not any(is_experts_module(m) for m in model.modules()):
         adapters.adapt(model)
     if not any(is_experts_module(m) for m in model.modules()):
