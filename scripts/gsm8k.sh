@@ -16,7 +16,7 @@ WORK=${WORK:-data/smollm2}          # git-ignored; 2 GB
 HELDOUT=${HELDOUT:-473}             # problems
 CALIBRATION=${CALIBRATION:-16384}   # tokens to build the experts from
 QUESTIONS=${QUESTIONS:-3}           # held-out problems to answer
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-160}
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-128}
 
 export STEPS=${STEPS:-120} SEQ_LEN=${SEQ_LEN:-256} MICROBATCH=${MICROBATCH:-4}
 export TRAIN_FROM=${TRAIN_FROM:-22} FRAC=${FRAC:-0.02} LR_PEAK=${LR_PEAK:-2e-3}
