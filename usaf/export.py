@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from usaf.evaluation import Evaluation
-    from usaf.merge import BaseName, Counts, Merge
+    from usaf.merge import BaseName, Counts, Merge, StoredWeights
     from usaf.session import Session
 
 DTYPES = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -99,7 +99,7 @@ def count_figures(counts: Counts) -> dict[str, Any]:
 def report_counts(figures: dict[str, Any]) -> None:
     say(f"{figures['changed_elements']:,} of {figures['active_nonzero_elements']:,} trained weights differ from the "
         f"base as written, in {figures['experts_changed']} experts; {figures['share_lost_to_rounding']:.1%} were lost "
-        "to rounding (--dtype fp32 loses none)")  # fmt: skip
+        f"to rounding{'' if figures['dtype'] == 'fp32' else ' (--dtype fp32 keeps them)'}")  # fmt: skip
 
 
 # ---- perplexities of what was exported ------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def compare(session: Session, merge: Merge, output: Path) -> list[dict[str, Any]
     ]  # fmt: skip
 
 
-def evaluate_merged(session: Session, weights: Any, folder: Path) -> list[Evaluation]:
+def evaluate_merged(session: Session, weights: Merge | StoredWeights, folder: Path) -> list[Evaluation]:
     """The run's evaluations with these weights in the place of base and delta. The session is spent after it.
 
     weights: a `Merge`, or the `StoredWeights` of an exported one; folder: where states may lie meanwhile.

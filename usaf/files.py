@@ -207,6 +207,28 @@ def lock(file: IO[Any], wait: bool = False) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
+@contextmanager
+def locked(path: Path, busy: UserError) -> Iterator[IO[bytes]]:
+    """The file `path`, made if need be, open for appending and under the system's lock for as long as the block.
+
+    Its holder may remove it. On a disk without locks nothing keeps a second process out.
+
+    Raises:
+        UserError: `busy`, where another process holds it.
+    """
+    while True:
+        with open(path, "a+b") as file:
+            try:
+                lock(file)
+            except OSError as error:
+                if error.errno in HELD:
+                    raise busy from None
+            if os.name == "nt" or os.fstat(file.fileno()).st_nlink > 0:
+                yield file
+                return
+            # else it was removed by a process that finished between the opening and the lock
+
+
 class FolderLock:
     """One process at a time in a folder. The lock is the operating system's: a killed process leaves none behind."""
 

@@ -13,7 +13,7 @@ weight of a fused expert where it lies in the checkpoint. One expert is in memor
 Shape legend: E experts; a fused parameter is [E, a, b] in the model and [E, out, in] in the 4-bit file and the delta
 (a, b are out, in, or in, out where the family is transposed).
 
-Left out: writing files and configuration (`export`).
+Left out: writing files and configuration (`merged_folder`).
 """
 
 from __future__ import annotations

@@ -21,10 +21,9 @@ from transformers.core_model_loading import dot_natural_key
 from usaf.errors import RunError, UserError
 from usaf.files import (
     FULL_DISK,
-    HELD,
     flush,
     flush_folder,
-    lock,
+    locked,
     require_space,
     require_writable_folder,
     write_json,
@@ -107,25 +106,19 @@ def whole_folder(output: Path) -> Iterator[Path]:
 def alone(output: Path) -> Iterator[None]:
     """One process at a time writes `output`: two would clear away each other's half. The lock is the system's."""
     path = output.with_name(f".{output.name}.lock")
-    while True:
-        with open(path, "a+b") as file:
+    busy = UserError(f"--output {output}: another export is writing this folder; wait until it has finished, or give "
+                     "another one")  # fmt: skip
+    try:
+        with locked(path, busy):
             try:
-                lock(file)
-            except OSError as error:
-                if error.errno in HELD:
-                    raise UserError(f"--output {output}: another export is writing this folder; wait until it has "
-                                    "finished, or give another one") from None  # fmt: skip
-                # a disk without locks: nothing keeps a second process out there
-            if os.name == "nt" or os.fstat(file.fileno()).st_nlink > 0:
-                try:
-                    yield
-                finally:
-                    with suppress(OSError):  # Windows removes no open file
-                        path.unlink()
-                break
-            # else it was removed by a process that finished between the opening and the lock
-    with suppress(OSError):
-        path.unlink()
+                yield
+            finally:
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink()
+    finally:
+        if os.name == "nt":
+            with suppress(OSError):  # another process may hold it by now
+                path.unlink()
 
 
 def write_folder(merge: Merge, folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> Counts:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from usaf.errors import RunError, UserError
-from usaf.files import FULL_DISK, HELD, flush, flush_folder, lock
+from usaf.files import FULL_DISK, flush, flush_folder, locked
 
 FLUSH_SECONDS = 5.0
 
@@ -95,7 +95,9 @@ def continued(path: Path, identity: str, size_bytes: int) -> Iterator[Partial | 
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked_journal(path) as journal:
+        busy = Busy(f"{path}: another process is making this file; wait until it has finished, and it will be used as "
+                    "it is")  # fmt: skip
+        with locked(journal_path(path), busy) as journal:
             if path.exists():
                 clear(path)
                 yield None
@@ -129,23 +131,6 @@ def continued(path: Path, identity: str, size_bytes: int) -> Iterator[Partial | 
 
 class Busy(UserError):
     """Another process is making the file."""
-
-
-@contextmanager
-def locked_journal(path: Path) -> Iterator[IO[bytes]]:
-    while True:
-        with open(journal_path(path), "a+b") as journal:
-            try:
-                lock(journal)
-            except OSError as error:
-                if error.errno in HELD:
-                    raise Busy(f"{path}: another process is making this file; wait until it has finished, and it will "
-                               "be used as it is") from None  # fmt: skip
-                # a disk without locks: nothing keeps a second process out there, and it writes the same bytes
-            if os.name == "nt" or os.fstat(journal.fileno()).st_nlink > 0:
-                yield journal
-                return
-            # else it was removed by a process that finished between the opening and the lock
 
 
 @contextmanager

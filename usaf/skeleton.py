@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from usaf.errors import UserError
+from usaf.errors import UserError, one_line
 from usaf.experts import is_experts_module
 
 ROWS, TOKENS = 2, 11  # of the question; no model has a dimension of 11
@@ -342,7 +342,7 @@ def handover(model: PreTrainedModel) -> Handover:
             model(input_ids=ids, use_cache=False)
     except NOT_ASKED as error:
         raise UserError(f"MODEL: {family}: its layers cannot be run by token ids and positions alone "
-                        f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); this family is not supported "
+                        f"({type(error).__name__}: {one_line(error)[:200]}); this family is not supported "
                         "yet") from error  # fmt: skip
     flow.inside = len(layers)  # what follows the last layer counts as one more
     flow.used(final[0].products)  # type: ignore[attr-defined]
