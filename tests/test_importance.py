@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from usaf import importance
 from usaf.data import Rows, pack
 from usaf.devices import choose_backend
-from usaf.experts import ExpertBank, PairGradients
+from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.importance import (
     Importance,
     active_count,

@@ -33,7 +33,7 @@ from usaf.checkpoint import Checkpoint
 from usaf.data import Batch
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError
-from usaf.experts import ExpertBank
+from usaf.expert_bank import ExpertBank
 from usaf.linear import FrozenEmbedding, FrozenLinear, WidenedLinear
 from usaf.loss import count_targets, loss_and_gradient, loss_sum
 from usaf.model import SparseModel, find_router, keeps_fp32

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import usaf.trainer
 from usaf.data import NO_TARGET, DataOrder, Rows, pack
 from usaf.errors import RunError
-from usaf.experts import PairGradients
+from usaf.expert_bank import PairGradients
 from usaf.loss import count_targets
 from usaf.model import SparseModel
 from usaf.optimizer import learning_rate_at

@@ -2,7 +2,7 @@
 
 Deferred weight gradients, layer-major. Forward: every trainable layer's input is kept for all samples. Backward, from
 the top layer down: all samples go through one layer, and for each token-expert pair only what its weight gradients need
-is kept (`experts.PairGradients`). Then one expert at a time gets its exact dense gradient over all samples,
+is kept (`expert_bank.PairGradients`). Then one expert at a time gets its exact dense gradient over all samples,
 
     dL/dW[e] = sum over its pairs of dY^T X,
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from usaf.data import Batch, Rows
-from usaf.experts import ExpertBank, PairGradients
+from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import MoeLayer, SparseModel
 from usaf.prefix import BoundaryStates

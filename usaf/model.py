@@ -28,7 +28,8 @@ from usaf.data import Batch
 from usaf.devices import Backend
 from usaf.errors import UserError
 from usaf.expert_store import ExpertStore
-from usaf.experts import ExpertBank, attach_banks, is_experts_module, projection_names
+from usaf.expert_bank import ExpertBank
+from usaf.experts import attach_banks, is_experts_module, projection_names
 from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
 from usaf.skeleton import HandedOn, Handover, Path, Product, find_decoder, get, put
