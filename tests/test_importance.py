@@ -490,13 +490,13 @@ def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatc
 def test_each_expert_is_decoded_at_most_three_times_a_chunk(qwen: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, and forward and backward again; the first layer's inputs need no gradient, and scoring decodes none."""
     decoded: Counter[tuple[int, int]] = Counter()
-    base_weight = ExpertBank.base_weight
+    decode = ExpertBank.decode
 
-    def counted(self: ExpertBank, e: int, dtype: torch.dtype) -> Tensor:
+    def counted(self: ExpertBank, e: int, *args: Tensor) -> Tensor:
         decoded[id(self), e] += 1
-        return base_weight(self, e, dtype)
+        return decode(self, e, *args)
 
-    monkeypatch.setattr(ExpertBank, "base_weight", counted)
+    monkeypatch.setattr(ExpertBank, "decode", counted)
 
     def scoring(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
         before = decoded.total()

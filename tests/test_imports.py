@@ -15,10 +15,11 @@ PACKAGE = REPOSITORY / "usaf"
 # Lowest first; a folder such as devices/ counts as one module. A new module fails here until it has its row.
 ROWS = [
     {"__init__", "errors"},  # imported by anything
-    {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console", "workers"},  # level 0
+    # level 0
+    {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console", "workers"},
     {"devices", "kernels", "source_formats", "source_folder", "partial"},  # level 1
     {"expert_bank", "linear", "samples", "demo"},  # level 2, in seven rows: samples below data and prompts,
-    {"fused_experts"},  # the experts' fast path beside its reference
+    {"fused_experts", "fused_head"},  # fast paths of experts and head
     {"experts"},
     {"adapters"},  # rewrite families into what experts.py serves,
     {"skeleton", "architecture", "weight_plan"},  # what a family's code says of itself,

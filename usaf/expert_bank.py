@@ -197,7 +197,7 @@ class ExpertBank(nn.Module):
         return weight.to(dtype)
 
     def decode(self, e: int, buffer: Tensor, delta: Tensor) -> Tensor:
-        """As `weight` in fp32, written into the beginning of `buffer` (fp32, flat, on the CPU), whose view it returns."""
+        """As `weight` in fp32, a view of the beginning of `buffer` (fp32, flat, on the CPU) that is written to."""
         out = buffer[: self.expert_size].view(self.out_features, self.in_features)
         part = slice(self.expert_starts[e], self.expert_starts[e + 1])
         if part.start == part.stop:

@@ -9,9 +9,9 @@ The forward keeps h alone; the backward computes a again, and what it needs of a
     back[p] = W_down^T dout[t]       dg[p] = back[p] . a[p] + dout[t] . b_down
     dh[p]   = g[p] activate'(back)   dx[t] += W_up^T dh[p]
 
-Every core takes whole experts (`workers`): it decodes an expert into a buffer of its own, which stays in its cache for the
-product, and adds to a result of its own; these are summed at the end. The gradients of the deltas are written where they
-belong, each by one core. `experts.GroupedLinear` and `GroupedLinearCombine` are the reference.
+Every core takes whole experts (`workers`): it decodes an expert into a buffer of its own, which stays in its cache for
+the product, and adds to a result of its own; these are summed at the end. The gradients of the deltas are written where
+they belong, each by one core. `experts.GroupedLinear` and `GroupedLinearCombine` are the reference.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class FusedExperts(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Capture:
-    """What the weight gradients need (`PairGradients`), where a bank asks for it: dh [P, out of up], a [P, in of down]."""
+    """What weight gradients need (`PairGradients`), where a bank asks for it: dh [P, out of up], a [P, in of down]."""
 
     dh_P: Tensor | None
     a_P: Tensor | None

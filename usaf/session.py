@@ -32,8 +32,8 @@ from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
 from usaf.evaluation import Evaluation, evaluate
-from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
 from usaf.expert_bank import ExpertBank
+from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
 from usaf.files import fingerprint
 from usaf.memory import available_bytes
 from usaf.model import SparseModel, build_model
