@@ -53,8 +53,9 @@ DECODING_COSTS_TOKENS = 10
 
 
 def runs_fused(hidden_TH: Tensor, up: ExpertBank, down: ExpertBank) -> bool:
-    on_cpu = hidden_TH.device.type == up.device.type == down.device.type == "cpu"
-    return on_cpu and hidden_TH.dtype == torch.float32 == up.delta.dtype == down.delta.dtype
+    if hidden_TH.device.type != "cpu" or up.device.type != "cpu" or down.device.type != "cpu":
+        return False
+    return hidden_TH.dtype == torch.float32 == up.delta.dtype == down.delta.dtype
 
 
 def fused_experts(x: Tensor, g: Tensor, layer: ExpertLayer, routing: Routing) -> Tensor:

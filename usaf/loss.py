@@ -53,8 +53,7 @@ def loss_sum(model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int
 
 def fused(model: SparseModel, hidden: Tensor) -> FrozenLinear | None:
     """The head, where its loss has a version of its own for this hidden state."""
-    head = model.plain_head
-    return head if head is not None and fused_head.runs_fused(head, hidden) else None
+    return model.plain_head if fused_head.runs_fused(hidden) else None
 
 
 def loss_and_gradient(

@@ -4,7 +4,7 @@
 
 `quantization.dequantize` defines the bits, and takes one torch operator after another, each over the whole tensor. Here
 codes become weights in registers. `round16` rounds fp32 to the 16-bit type that the weights are defined in and widens
-back, in integer arithmetic, since neither numpy nor numba computes in such types:
+back. Processors have instructions for fp16; where this one has not, and for bf16, it is done on the bits:
 
     bits + (half - 1) + (the last bit kept), the bits below cut off: rounding half to even, for bf16 and normal fp16
     (w + 0.75) - 0.75: multiples of 2^-24, which subnormal fp16 numbers (below 2^-14) are
@@ -19,9 +19,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from usaf.kernels.compiled import compiled
@@ -32,16 +36,47 @@ HALF_NORMAL = np.float32(2.0**-14)
 HALF_SHIFT = np.float32(0.75)  # 1.5 * 2^-1: its last bit in fp32 counts 2^-24
 
 
+@intrinsic
+def _through_half(_context: Any, value: Any) -> Any:
+    """fp32 -> fp16 -> fp32 by the processor's own conversion."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.fptrunc(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+def converts_half() -> bool:
+    """Whether the processor converts fp16 by itself; without it the compiler would call a function that is not there."""
+    triple = llvm.get_default_triple()
+    if triple.startswith(("x86_64", "i686", "AMD64")):
+        return bool(llvm.get_host_cpu_features().get("f16c", False))
+    return triple.startswith(("aarch64", "arm64"))
+
+
+HALF_BY_HARDWARE, HALF_BY_BITS, BFLOAT = range(3)
+
+
+def _rounding(dtype: torch.dtype) -> int:
+    if dtype == torch.bfloat16:
+        return BFLOAT
+    return HALF_BY_HARDWARE if converts_half() else HALF_BY_BITS
+
+
 @numba.njit(inline="always")
-def _round16(w: Any, bfloat: Any) -> Any:
+def _round16(w: Any, rounding: Any) -> Any:
+    if rounding == HALF_BY_HARDWARE:
+        return _through_half(np.float32(w))
     bits = np.float32(w).view(np.int32)
-    if bfloat:
+    if rounding == BFLOAT:
         last = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
         rounded = np.int32(np.int32(np.int32(bits + np.int32(0x7FFF)) + last) & np.int32(-0x10000)).view(np.float32)
         return w if w != w else rounded
     last = np.int32(np.int32(bits >> np.int32(13)) & np.int32(1))
     rounded = np.int32(np.int32(np.int32(bits + np.int32(0xFFF)) + last) & np.int32(-0x2000)).view(np.float32)
-    rounded = np.float32((w + HALF_SHIFT) - HALF_SHIFT) if abs(w) < HALF_NORMAL else rounded
+    subnormal = np.float32((w + HALF_SHIFT) - HALF_SHIFT).view(np.int32)
+    signed = np.int32(subnormal | np.int32(bits & np.int32(-0x80000000))).view(np.float32)  # of -0.0 too
+    rounded = signed if abs(w) < HALF_NORMAL else rounded
     return np.float32(w * np.float32(np.inf)) if abs(w) >= HALF_BEYOND else rounded
 
 
@@ -57,7 +92,7 @@ def _add_row(out: Any, r: Any, columns: Any, row_starts: Any, delta: Any) -> Any
 
 
 @functools.cache
-def _nibble_decoder(group: int, bfloat: bool) -> Callable[..., None]:
+def _nibble_decoder(group: int, rounding: int) -> Callable[..., None]:
     half = group // 2
 
     def decode(packed: Any, scale: Any, offset: Any, columns: Any, row_starts: Any, delta: Any, out: Any) -> None:
@@ -69,18 +104,18 @@ def _nibble_decoder(group: int, bfloat: bool) -> Callable[..., None]:
                 for j in range(half):
                     byte = np.int32(packed[r, g * half + j])
                     low, high = np.int32(byte & np.int32(15)), np.int32(byte >> np.int32(4))
-                    out[r, g * group + 2 * j] = _round16(np.float32(low) * s + o, bfloat)
-                    out[r, g * group + 2 * j + 1] = _round16(np.float32(high) * s + o, bfloat)
+                    out[r, g * group + 2 * j] = _round16(np.float32(low) * s + o, rounding)
+                    out[r, g * group + 2 * j + 1] = _round16(np.float32(high) * s + o, rounding)
             for c in range(whole * group, width):
                 code = np.int32((packed[r, c // 2] >> (4 * (c % 2))) & 15)
-                out[r, c] = _round16(np.float32(code) * scale[r, whole] + offset[r, whole], bfloat)
+                out[r, c] = _round16(np.float32(code) * scale[r, whole] + offset[r, whole], rounding)
             _add_row(out, r, columns, row_starts, delta)
 
     return compiled(decode)
 
 
 @functools.cache
-def _byte_decoder(group: int, bfloat: bool) -> Callable[..., None]:
+def _byte_decoder(group: int, rounding: int) -> Callable[..., None]:
     def decode(packed: Any, scale: Any, offset: Any, columns: Any, row_starts: Any, delta: Any, out: Any) -> None:
         rows, width = out.shape
         whole = width // group
@@ -89,17 +124,17 @@ def _byte_decoder(group: int, bfloat: bool) -> Callable[..., None]:
                 s, o = scale[r, g], offset[r, g]
                 for j in range(group):
                     code = np.int32(packed[r, g * group + j])
-                    out[r, g * group + j] = _round16(np.float32(code) * s + o, bfloat)
+                    out[r, g * group + j] = _round16(np.float32(code) * s + o, rounding)
             for c in range(whole * group, width):
                 code = np.int32(packed[r, c])
-                out[r, c] = _round16(np.float32(code) * scale[r, whole] + offset[r, whole], bfloat)
+                out[r, c] = _round16(np.float32(code) * scale[r, whole] + offset[r, whole], rounding)
             _add_row(out, r, columns, row_starts, delta)
 
     return compiled(decode)
 
 
 @functools.cache
-def _table_decoder(group: int, bfloat: bool) -> Callable[..., None]:
+def _table_decoder(group: int, rounding: int) -> Callable[..., None]:
     half = group // 2
 
     def decode(packed: Any, scale: Any, table: Any, columns: Any, row_starts: Any, delta: Any, out: Any) -> None:
@@ -109,14 +144,14 @@ def _table_decoder(group: int, bfloat: bool) -> Callable[..., None]:
         for r in range(rows):
             for g in range(whole):
                 for code in range(16):
-                    values[code] = _round16(table[code] * scale[r, g], bfloat)
+                    values[code] = _round16(table[code] * scale[r, g], rounding)
                 for j in range(half):
                     byte = packed[r, g * half + j]
                     out[r, g * group + 2 * j] = values[byte & 15]
                     out[r, g * group + 2 * j + 1] = values[byte >> 4]
             for c in range(whole * group, width):
                 code = (packed[r, c // 2] >> (4 * (c % 2))) & 15
-                out[r, c] = _round16(table[code] * scale[r, whole], bfloat)
+                out[r, c] = _round16(table[code] * scale[r, whole], rounding)
             _add_row(out, r, columns, row_starts, delta)
 
     return compiled(decode)
@@ -157,7 +192,7 @@ def decode_expert(
     values = base.table if base.offset is None else base.offset[e].float()
     assert values is not None
     make = _table_decoder if base.offset is None else _byte_decoder if base.bits == 8 else _nibble_decoder
-    decode = make(base.group_size, base.dtype == torch.bfloat16)
+    decode = make(base.group_size, _rounding(base.dtype))
     decode(base.packed[e].numpy(), decode_scale(base.scale[e]).numpy(), values.numpy(), *arrays, out.numpy())
 
 
