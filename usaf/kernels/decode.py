@@ -47,7 +47,7 @@ def _through_half(_context: Any, value: Any) -> Any:
 
 
 def converts_half() -> bool:
-    """Whether the processor converts fp16 by itself; without it the compiler would call a function that is not there."""
+    """Whether the processor converts fp16 by itself; else the compiler would call a function that is not there."""
     triple = llvm.get_default_triple()
     if triple.startswith(("x86_64", "i686", "AMD64")):
         return bool(llvm.get_host_cpu_features().get("f16c", False))
@@ -66,7 +66,7 @@ def _rounding(dtype: torch.dtype) -> int:
 @numba.njit(inline="always")
 def _round16(w: Any, rounding: Any) -> Any:
     if rounding == HALF_BY_HARDWARE:
-        return _through_half(np.float32(w))
+        return _through_half(np.float32(w))  # type: ignore[call-arg]
     bits = np.float32(w).view(np.int32)
     if rounding == BFLOAT:
         last = np.int32(np.int32(bits >> np.int32(16)) & np.int32(1))
