@@ -17,7 +17,8 @@ it, on sequences of random token ids (`make_fullsize.write_data`):
 
 --prefix-layers runs only the first so many frozen layers. A second line then gives the time of all of them, which is
 proportional, and says so; the other phases start from the states after the layers that did run, which have the shape
-and about the size of those that would enter. Nothing else is scaled.
+and about the size of those that would enter. Nothing else is scaled. What the system has in its cache stays there: on a
+machine whose memory holds the model, a second call reads nothing from the disk.
 
 GFLOP and share: see `benchmark`. Memory: the peak of the phase, private (without mapped files) and resident.
 """
@@ -466,12 +467,13 @@ def figures_table(figures: Sequence[Figure], product_rate: float) -> str:
               "GB private", "resident"]  # fmt: skip
     rows = []
     for figure in figures:
-        rate = figure.work.total / figure.seconds
+        rate, tokens = figure.work.total / figure.seconds, f"{figure.tokens_per_second():.1f}"
         rows.append([
             figure.phase, figure.measured_on, figure.scaled_to or "-",
             "1" if figure.runs == 1 else f"median of {figure.runs}", f"{figure.seconds:.2f}",
-            f"{figure.tokens_per_second():.1f}", f"{figure.work.total / 1e9:,.1f}", f"{rate / 1e9:.1f}",
-            f"{rate / product_rate:.0%}", f"{figure.private_bytes / 1e9:.2f}", f"{figure.resident_bytes / 1e9:.2f}",
+            "-" if figure.phase == "reselection" else tokens, f"{figure.work.total / 1e9:,.1f}",
+            f"{rate / 1e9:.1f}", f"{rate / product_rate:.0%}",
+            f"{figure.private_bytes / 1e9:.2f}", f"{figure.resident_bytes / 1e9:.2f}",
         ])  # fmt: skip
     return table(rows, header)
 

@@ -15,8 +15,10 @@ Weights come from random 16-bit words that index tables of 65,536 entries, which
                zero and standard deviation `WEIGHT_STD`
 
 Projections that add to the residual stream (attention's output, the experts' second) are smaller by sqrt(2 layers), as
-in GPT-2, so that hidden states keep their size through all layers. The rows of a router differ in length, log-normally
-by `ROUTER_SPREAD`: long ones win more often, so that some experts get three times their share and some a tenth.
+in GPT-2, so that hidden states keep their size through all layers; embeddings have standard deviation `EMBEDDING_STD`.
+Were they as small as the other weights, the mean that random attention adds to every token alike would drown them in a
+few layers, and all tokens would choose the same experts. The rows of a router differ in length, log-normally by
+`ROUTER_SPREAD`: long ones win more often, so that some experts get three times their share and some a tenth.
 
 A tensor's bytes depend on the seed and its name alone, not on the number of layers. `data.jsonl`: sequences of random
 token ids by Zipf's law, as frequent words are in text.
@@ -54,9 +56,10 @@ if TYPE_CHECKING:
     from usaf.tensor_file import TensorFileWriter
 
 WEIGHT_STD = 0.02
+EMBEDDING_STD = 1.0  # but that of other weights where the head is tied to them, or its logits would be huge
 CODE_STD = 2.87  # of HQQ's codes for groups of 128 normal weights, whose range is 5.2 standard deviations
 SCALE_SPREAD, OFFSET_JITTER = 0.15, 0.3  # of ln(scale); of the offset, in codes
-ROUTER_LOGIT_STD, ROUTER_SPREAD = 1.5, 0.2  # of the logits; of ln(length) of a router's rows
+ROUTER_LOGIT_STD, ROUTER_SPREAD = 1.5, 0.15  # of the logits; of ln(length) of a router's rows
 NORM_SPREAD = 0.05  # of the norms' weights around 1
 RESIDUAL = ("o_proj.weight", "down_proj", "down_proj.weight")  # how the projections end that add to the residual stream
 SHARD_BYTES = 10**9
@@ -310,6 +313,8 @@ class Plan:
                 yield first, torch.from_numpy(table.take(words, mode="clip")).view(torch.bfloat16)
 
     def _std(self, name: str) -> float:
+        if name.endswith("embed_tokens.weight") and not self.config.tie_word_embeddings:
+            return EMBEDDING_STD
         return WEIGHT_STD / math.sqrt(2 * self.depth) if name.endswith(RESIDUAL) else WEIGHT_STD
 
     # -- experts -------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_dense_weights_and_pad_nibbles(tmp_path: Path) -> None:
         if key.endswith("norm.weight"):
             assert abs(float(value.mean()) - 1) < 0.05
         elif "gate" not in key:
-            expected = 0.01 if key.endswith("o_proj.weight") else 0.02
+            expected = {"o_proj": 0.01, "embed_tokens": 1.0}.get(key.split(".")[-2], 0.02)
             assert float(value.std()) == pytest.approx(expected, rel=0.05)
     down = read_store(tmp_path / "odd" / FILE_NAME)["model.layers.0.mlp.experts.down_proj"]
     assert down.shape == (4, 64, 31)
@@ -143,13 +143,16 @@ def test_states_keep_their_size_and_experts_get_uneven_loads(tmp_path: Path) -> 
     for i in range(48):
         state = model.run_layers(batch, i, i + 1, state, norm=False)
         sizes.append(float(state.std()))
-    assert min(sizes) > 0.01
-    assert max(sizes) < 1
+    assert min(sizes) > 0.8
+    assert max(sizes) < 2
+    assert state is not None
+    common = state[:, 1:].mean((0, 1)).norm() / state[:, 1:].norm(dim=-1).mean()
+    assert float(common) < 0.6, "tokens are no longer told apart"
     loads = [torch.bincount(ids.reshape(-1), minlength=16) for ids in chosen]
     entropies = torch.tensor([routing_entropy(load) for load in loads])
-    assert 0.85 < float(entropies.mean()) < 0.99
-    mean = loads[0].double().mean()
-    assert all(float(load.max() / mean) > 1.2 for load in loads)
+    assert 0.9 < float(entropies.min()) <= float(entropies.mean()) < 0.995
+    highest = torch.stack(loads).double().amax(1) / loads[0].double().mean()
+    assert 1.3 < float(highest.mean()) < 3
 
 
 def test_the_main_job_trains_it(folder: Path, tmp_path: Path) -> None:
