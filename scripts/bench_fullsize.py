@@ -158,12 +158,13 @@ class Bench:
 
     def _settings(self) -> Any:
         """Those of a run on data that are written here: as many sequences as the phases need."""
-        from usaf.settings import load_settings
+        from usaf.settings import Settings, load_settings
 
         given = self.arguments
-        capture = 4 if "reselection" in given.phases else 0
         further = dict(setting.split("=", 1) for setting in given.settings)
-        capture = int(further["CAPTURE_STEPS"]) if capture and further.get("CAPTURE_STEPS", "").isdigit() else capture
+        said = further.get("CAPTURE_STEPS", "")
+        window = int(said) if said.isdigit() else Settings().capture_steps
+        capture = window if "reselection" in given.phases else 0
         steps = WARM_UP_STEPS + given.steps + capture
         rows = max(steps * given.microbatch, given.importance_samples if "importance" in given.phases else 1)
         sets = {
