@@ -11,14 +11,16 @@ Left out: GPUs. Heavy imports wait until they are needed, so that `--help` of a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -142,19 +144,25 @@ class Inputs:
         return {"quantise_seconds": time.perf_counter() - began}
 
 
+def model_config(sizes: Sizes) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    shape: dict[str, Any] = {
+        "vocab_size": sizes.vocab, "hidden_size": sizes.hidden, "intermediate_size": 2 * sizes.hidden,
+        "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head_dim, "moe_intermediate_size": sizes.intermediate, "num_experts": sizes.experts,
+        "num_experts_per_tok": sizes.top_k, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return Qwen3MoeConfig(**shape)
+
+
 def write_model(folder: Path, sizes: Sizes) -> None:
     """A random bf16 checkpoint in shards."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM
 
-    config: Any = Qwen3MoeConfig(
-        vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=2 * sizes.hidden,
-        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim, moe_intermediate_size=sizes.intermediate, num_experts=sizes.experts,
-        num_experts_per_tok=sizes.top_k, tie_word_embeddings=False,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(model_config(sizes), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="400MB")
 
 
@@ -247,6 +255,17 @@ def with_gradient(parameters: Sequence[Tensor]) -> int:
 
 
 # A process of its own.
+
+
+@contextlib.contextmanager
+def working_folder(kept: Path | None) -> Iterator[Path]:
+    """The folder to be kept, or one that goes when the block ends."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def run_apart(function: Callable[..., dict[str, Any]], *arguments: Any, log: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ arithmetic, in a process of its own, with nothing but what its users would run:
     usaf-default    USAF with its default TRAIN_FROM, what enters the first trainable layer cached before the steps
     lora-experts    PEFT LoRA of rank 4 on every expert's gate_up_proj and down_proj (target_parameters)
     lora-attention  the same rank on q, k, v and o alone
-    dora            PEFT DoRA of the same rank on the experts where this PEFT can, else on attention; its note says which
+    dora            PEFT DoRA of the same rank on the experts where this PEFT can, else on attention: its note says
     full            every weight
 
 A step is forward, backward and update; its time is the median of the timed ones. USAF's active weights are a seeded
@@ -29,11 +29,9 @@ Left out: GPUs, 16-bit arithmetic, gradient checkpointing, 4-bit bases under LoR
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ from bench_model import (
     add_size_flags,
     further_settings,
     measured_steps,
+    model_config,
     prepare_session,
     random_active,
     require_at_least,
@@ -53,8 +52,10 @@ from bench_model import (
     trained_figures,
     usaf_trainer,
     with_gradient,
+    working_folder,
 )
 from benchmark import machine, machine_line, matmul_rate, write_json
+
 from usaf.console import Parser, add_json_flag, run_command, say, table
 from usaf.errors import RunError, UserError, one_line
 
@@ -233,7 +234,7 @@ def peft_config(arm: str) -> tuple[Any, str]:
     from peft import LoraConfig
 
     shared: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
-    on_experts = {"target_modules": [], "target_parameters": EXPERTS}
+    on_experts: dict[str, Any] = {"target_modules": [], "target_parameters": EXPERTS}
     if arm == "lora-experts":
         return LoraConfig(**shared, **on_experts), f"rank {RANK} on the experts"
     if arm == "lora-attention":
@@ -248,14 +249,11 @@ def peft_config(arm: str) -> tuple[Any, str]:
 def refused_by_peft(config: Any) -> str | None:
     """Why PEFT cannot put `config` on a Qwen3-MoE, tried on a tiny one; None where it can."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoModelForCausalLM
 
-    tiny: Any = Qwen3MoeConfig(
-        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=16, moe_intermediate_size=8, num_experts=2, num_experts_per_tok=1,
-    )  # fmt: skip
+    tiny = Sizes(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, experts=2, top_k=1, intermediate=8, vocab=16)
     try:
-        get_peft_model(AutoModelForCausalLM.from_config(tiny), config)
+        get_peft_model(AutoModelForCausalLM.from_config(model_config(tiny)), config)
     except ValueError as error:
         return one_line(error)
     return None
@@ -324,16 +322,6 @@ def peers_command(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         write_json(arguments.json, report)
     return 1 if any("error" in arm for arm in report["arms"]) else 0
-
-
-@contextlib.contextmanager
-def working_folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
 
 
 def measure(plan: Plan, arms: Sequence[str], wanted: str) -> dict[str, Any]:
