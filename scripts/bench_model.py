@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from usaf.errors import RunError, UserError
-from usaf.memory import PeakMemory
+from usaf.memory import PeakMemory, private_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,6 +200,8 @@ def quantise(settings: dict[str, str]) -> None:
 
 def measured_steps(step: Callable[[], float], warmup: int, timed: int) -> dict[str, Any]:
     """`step` trains once and returns its loss. Times of the timed steps alone; the peak is that of all of them."""
+    return_freed_memory()
+    before = private_bytes()
     memory = PeakMemory()
     losses, seconds = [], []
     for _ in range(warmup + timed):
@@ -208,8 +212,19 @@ def measured_steps(step: Callable[[], float], warmup: int, timed: int) -> dict[s
     return {
         "step_seconds": statistics.median(seconds[warmup:]), "step_seconds_each": seconds[warmup:],
         "warmup_seconds_each": seconds[:warmup], "losses": losses,
-        "steps_peak_private_bytes": memory.private, "steps_peak_resident_bytes": memory.resident,
+        "before_steps_private_bytes": before, "steps_peak_private_bytes": memory.private,
+        "steps_peak_resident_bytes": memory.resident,
     }  # fmt: skip
+
+
+def return_freed_memory() -> None:
+    """So that a peak of steps holds nothing of what came before: glibc keeps freed blocks for the process, after
+    transformers has loaded a model as much as two thirds of the model's own size."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def random_active(trainer: Trainer, fraction: float, seed: int = 0) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ gradients that USAF does, and without a learning-rate schedule.
 The peers run transformers' experts implementation that is fastest for them: `--experts-implementation auto` times one
 forward and backward of each, for each arm, and the table names what was taken.
 
-Peaks are those of the steps, and of the whole process with loading, and for usaf-default with the frozen prefix.
+Peaks are those of the steps, to which the ratios are, and of the whole process with loading (and the frozen prefix of
+usaf-default). What loading has freed is given back to the system before the steps, in every arm alike.
 
 Left out: GPUs, 16-bit arithmetic, gradient checkpointing, 4-bit bases under LoRA (they need CUDA).
 """
@@ -168,7 +169,7 @@ def probe(plan: Plan, arm: str) -> dict[str, Any]:
     import torch
 
     model, _ = peer_model(plan, arm, IMPLEMENTATIONS[0])
-    ids = torch.from_numpy(np.load(plan.batches, mmap_mode="r")[0])
+    ids = torch.from_numpy(np.load(plan.batches)[0])
     seconds: dict[str, float] = {}
     left_out: dict[str, str] = {}
     for name in IMPLEMENTATIONS:
