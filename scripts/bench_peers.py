@@ -69,7 +69,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 RANK = 4
 LEARNING_RATE = 2e-4
-PROBE_TOKENS = 16  # of the short pass before an implementation is timed
+PROBE_TOKENS = 2  # of the short pass before an implementation is timed; the fewest that have a loss
 HOPELESS_SECONDS = 1.0  # a short pass that takes longer than this and than another's whole one settles the matter
 
 

@@ -5,8 +5,8 @@
     python scripts/bench_scaling.py --factors experts --values experts=64,128,256
 
 One factor at a time around a base: every point is a random Qwen3-MoE of its own sizes in a process of its own, whose
-prefix, importance and steps are timed (medians; of the steps, after an untimed one) and their peaks of private memory
-taken apart. The upper half of the layers trains; `hidden` takes heads and the experts' intermediate size with it; with
+prefix, importance and steps are timed (medians; of the steps, after an untimed one; importance is repeated for ten
+seconds at most) and their peaks of private memory taken apart. The upper half of the layers trains; `hidden` takes heads and the experts' intermediate size with it; with
 fewer experts than top-k all of them are chosen. FRAC of each expert tensor trains, chosen by importance, so `density`
 shows what it costs to train more of them: only those gradients are formed.
 
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 BASE = Sizes(hidden=512, layers=4, heads=8, kv_heads=2, experts=32, intermediate=256, vocab=8192)
 DENSITY_AIM = 0.15  # the most by which a step is to grow from the lowest to the highest density
 WARMUP = 1
+ENOUGH_SECONDS = 10.0  # importance that has taken this long is not repeated
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,12 @@ def measure_importance(session: Session, states: BoundaryStates, repeats: int) -
         found = find_important(session.model, states, rows, samples, values.frac, session.chunk_rows(rows),
                                values.head_chunk_tokens, lambda _: None)  # fmt: skip
         seconds.append(time.perf_counter() - began)
+        if sum(seconds) > ENOUGH_SECONDS:
+            break
     memory.stop()
     return found.active, {
-        "importance_seconds": statistics.median(seconds), "importance_sequences": found.sequences,
+        "importance_seconds": statistics.median(seconds), "importance_repeats": len(seconds),
+        "importance_sequences": found.sequences,
         "importance_peak_private_bytes": memory.private,
     }  # fmt: skip
 
