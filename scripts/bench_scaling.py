@@ -6,9 +6,9 @@
 
 One factor at a time around a base: every point is a random Qwen3-MoE of its own sizes in a process of its own, whose
 prefix, importance and steps are timed (medians; of the steps, after an untimed one; importance is repeated for ten
-seconds at most) and their peaks of private memory taken apart. The upper half of the layers trains; `hidden` takes heads and the experts' intermediate size with it; with
-fewer experts than top-k all of them are chosen. FRAC of each expert tensor trains, chosen by importance, so `density`
-shows what it costs to train more of them: only those gradients are formed.
+seconds at most) and their peaks of private memory taken apart. The upper half of the layers trains. `hidden` takes
+heads and the experts' intermediate size with it; with fewer experts than top-k all of them are chosen. FRAC of each
+expert tensor trains, chosen by importance, so `density` shows what it costs to train more of them.
 
 A process holds some 0.3 GB before it has a model (`start_private_bytes`); the tables' memory includes that.
 

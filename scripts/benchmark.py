@@ -42,22 +42,14 @@ def machine() -> dict[str, Any]:
     import psutil
     import torch
 
+    from usaf.devices.cpu import processor_name
+
     return {
-        "processor": processor(), "cores": psutil.cpu_count(logical=False), "processors": os.cpu_count(),
+        "processor": processor_name(), "cores": psutil.cpu_count(logical=False), "processors": os.cpu_count(),
         "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": int(psutil.virtual_memory().total), "torch": torch.__version__,
         "python": platform.python_version(), "system": platform.platform(),
     }  # fmt: skip
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def machine_line(found: Mapping[str, Any]) -> str:
