@@ -16,9 +16,15 @@ PACKAGE = REPOSITORY / "usaf"
 ROWS = [
     {"__init__", "errors"},  # imported by anything
     # level 0
-    {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console", "workers"},
+    {"settings", "quantization", "optimizer", "files", "tensor_file", "memory", "console", "workers"},
     {"devices", "kernels", "source_formats", "source_folder", "partial"},  # level 1
-    {"expert_bank", "linear", "samples", "demo"},  # level 2, in seven rows: samples below data and prompts,
+    {
+        "expert_bank",
+        "selection",
+        "linear",
+        "samples",
+        "demo",
+    },  # level 2, in seven rows: samples below data and prompts,
     {"fused_experts", "fused_head"},  # fast paths of experts and head
     {"experts"},
     {"adapters"},  # rewrite families into what experts.py serves,

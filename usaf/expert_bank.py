@@ -109,7 +109,9 @@ class ExpertBank(nn.Module):
     `active` are the flat indices e * out * in + r * in + c of the trained weights, sorted; `delta` their trained values
     in fp32, in the same order. `resident` may hold the base decoded to the 16 bits that define it (to fp32 where those
     are bfloat16 and the device has none): decoding rounds to the same bits, so both ways give the same weights to the
-    bit. While `captured` is a list, every backward appends what the weight gradients need.
+    bit. While `captured` is a list, every backward appends what the weight gradients need. `output_unused` says that
+    only gradients are wanted of the forwards that follow, and that those do not depend on what this projection, the
+    second, gives: it may be left out.
     """
 
     delta: nn.Parameter
@@ -120,6 +122,7 @@ class ExpertBank(nn.Module):
         self.num_experts, self.out_features, self.in_features = base.shape
         self.resident: Tensor | None = None
         self.captured: list[PairGradients] | None = None
+        self.output_unused = False
         self.set_active(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
     @property

@@ -80,6 +80,8 @@ def _forward(x: Tensor, g: Tensor, layer: ExpertLayer, routing: Routing, h_P: Te
             h = torch.mm(x.index_select(0, token), weight.t(), out=None if h_P is None else h_P[pairs])
             if layer.up_bias is not None:
                 h += layer.up_bias[e]
+            if layer.down.output_unused and h_P is not None:
+                continue
             y = layer.activate(h) @ layer.down.decode(e, buffer, layer.down.delta).t()
             if layer.down_bias is not None:
                 y += layer.down_bias[e]
