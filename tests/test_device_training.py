@@ -59,7 +59,7 @@ def directml_backend(device: torch.device) -> Backend:
     """The backend that `usaf.devices.directml` would make, with its tensors on `device`."""
     return DirectMLBackend(
         name="directml", device=device, compute_dtype=torch.float32, reason="", description="", native_bf16=False,
-        has_pinned_memory=False, has_streams=False, has_sparse=False, attention="eager",
+        has_pinned_memory=False, has_streams=False, attention="eager",
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def cuda_backend(device: torch.device) -> Backend:
     """What a card from sm_80 on gets, with its tensors on `device`."""
     return CudaBackend(
         name="cuda", device=device, compute_dtype=torch.bfloat16, reason="", description="", native_bf16=True,
-        has_pinned_memory=True, has_streams=True, has_sparse=True, attention="sdpa",
+        has_pinned_memory=True, has_streams=True, attention="sdpa",
     )  # fmt: skip
 
 

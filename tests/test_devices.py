@@ -131,7 +131,6 @@ def test_compute_dtype_of_cuda_and_rocm(
     assert backend.compute_dtype == dtype
     assert why in backend.reason
     assert backend.name == ("rocm" if hip else "cuda")
-    assert backend.has_sparse == (hip is None)
     assert backend.native_bf16 == (bf16 and (hip is not None or capability >= (8, 0)))
     assert (backend.attention, backend.device.type, backend.description) == ("sdpa", "cuda", "Mock GPU")
 
@@ -184,7 +183,6 @@ def test_memory_figures_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cpu_backend() -> None:
     backend = choose_backend(None, use_amp=True)
     assert (backend.device, backend.compute_dtype) == (torch.device("cpu"), torch.float32)
-    assert backend.has_sparse
     assert not any((backend.has_pinned_memory, backend.has_streams, backend.native_bf16))
     assert (backend.memory_bytes(), backend.total_memory_bytes()) == (None, None)
     assert backend.description
@@ -208,7 +206,7 @@ def directml_mock_backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
 def test_directml_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = directml_mock_backend(monkeypatch)
     assert (backend.name, backend.compute_dtype, backend.attention) == ("directml", torch.float32, "eager")
-    assert not any((backend.has_pinned_memory, backend.has_streams, backend.has_sparse, backend.native_bf16))
+    assert not any((backend.has_pinned_memory, backend.has_streams, backend.native_bf16))
     assert (backend.memory_bytes(), backend.total_memory_bytes()) == (None, None)
     backend.synchronize()
 
@@ -299,7 +297,7 @@ def test_installed_does_not_import(install) -> None:
 
 
 def a_backend(name: str, compute: torch.dtype, native_bf16: bool) -> Backend:
-    return Backend(name, torch.device("cpu"), compute, "", "", native_bf16, False, False, False, "eager")
+    return Backend(name, torch.device("cpu"), compute, "", "", native_bf16, False, False, "eager")
 
 
 def weights(scale: float, dtype: torch.dtype) -> torch.Tensor:

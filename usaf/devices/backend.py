@@ -29,7 +29,6 @@ class Backend:
     native_bf16        the device computes in bfloat16 rather than by converting to and fro
     has_pinned_memory  host memory can be page-locked, so that copies run beside the computation
     has_streams        copies and products can be queued side by side
-    has_sparse         `torch.sparse.sampled_addmm` exists for float32 (products sampled at the active indices)
     attention          the `attn_implementation` of transformers that stays on the device here: "sdpa" or "eager"
     """
 
@@ -41,7 +40,6 @@ class Backend:
     native_bf16: bool
     has_pinned_memory: bool
     has_streams: bool
-    has_sparse: bool
     attention: str
 
     def memory_bytes(self) -> int | None:

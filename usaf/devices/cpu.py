@@ -45,6 +45,5 @@ def cpu_backend(why: str) -> Backend:
         native_bf16=False,
         has_pinned_memory=False,
         has_streams=False,
-        has_sparse=True,
         attention="sdpa",
     )

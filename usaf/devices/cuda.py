@@ -93,6 +93,5 @@ def cuda_backend(use_amp: bool) -> Backend:
         has_pinned_memory=True,
         has_streams=True,
         # cuSPARSE computes sampled products in float32; torch does not build its hipSPARSE twin on every ROCm platform.
-        has_sparse=not rocm,
         attention="sdpa",
     )

@@ -143,6 +143,5 @@ def directml_backend(found: Probe) -> Backend:
         native_bf16=False,
         has_pinned_memory=False,
         has_streams=False,
-        has_sparse=False,
         attention="eager",
     )
