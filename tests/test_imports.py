@@ -24,8 +24,8 @@ ROWS = [
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model", "merge"},  # level 3
     {"loss", "packing", "prefix", "generation"},  # level 4, in two rows: both serve importance and evaluation
-    {"importance", "evaluation", "run"},
-    {"trainer"},  # level 5
+    {"importance", "evaluation", "run", "model_shape"},
+    {"trainer", "budget"},  # level 5
     {"session"},  # level 6: what every command needs before it works
     {"summary"},
     {"job"},  # one run, phase by phase

@@ -7,8 +7,8 @@ name; what stands in for the experts allocates nothing of its own but its result
 exactly (`budget`). Bytes grow with tokens, and where scores or masks are formed with tokens times sequence length, so
 two lengths give both coefficients.
 
-Packed rows are asked about: their mask makes attention repeat its keys, which takes the most memory. Activations are
-those of a CPU (fp32).
+Rows with a mask (packed documents, padding) take more than rows without: attention then repeats its keys and widens
+the mask. Activations are those of a CPU (fp32).
 
 Left out: memory inside one operator (a few MB of attention's blocks), and activations in 16 bits on a GPU.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from usaf.architecture import meta_model, read_config
+from usaf.checkpoint import Checkpoint
 from usaf.experts import is_experts_module, projection_names
 from usaf.packing import kinds
-from usaf.quantization import Encoding
-from usaf.skeleton import Handover, find_decoder, leaves, skeleton
+from usaf.quantization import E2M1_VALUES, INT4_VALUES, Encoding, hqq_encoding
+from usaf.skeleton import Handover, find_decoder, handover, leaves, skeleton
 
 LENGTHS = (128, 256)
 """Tokens of the two rows of the question: enough that vectors of fixed size (norms) do not count."""
@@ -77,6 +80,7 @@ class Experts:
     down: tuple[int, int]
     encodings: tuple[Encoding, Encoding]
     router_weights: int
+    bias_weights: int = 0
     normed: bool = False
 
     @property
@@ -114,8 +118,8 @@ class LayerShape:
 @dataclass(frozen=True)
 class ModelShape:
     """width: numbers a token that cross from layer to layer (at most); head: (vocabulary, hidden); outside: activations
-    beside the layers (masks, tables, final norm); stored_bytes: of one dense weight in the checkpoint; mapped: whether
-    such weights are used from the file as they are."""
+    beside the layers (masks, tables, final norm); stored_bytes: of one dense weight in memory; mapped_share: the part
+    of these weights that is used from the checkpoint's files as it is."""
 
     model_type: str
     layers: tuple[LayerShape, ...]
@@ -125,7 +129,7 @@ class ModelShape:
     tied: bool
     outside: Growth
     stored_bytes: int
-    mapped: bool
+    mapped_share: float
     context: int | None
 
     @property
@@ -143,39 +147,84 @@ class ModelShape:
         return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
+def shape_of_checkpoint(checkpoint: Checkpoint, group_size: int, bits: int, masked: bool = True) -> ModelShape:
+    """Of a checkpoint whose headers are there, before its model is built."""
+    experts = {target for pair in checkpoint.expert_parameters().values() for target in pair}
+    sizes = {t: torch.Size(s).numel() for t, s in checkpoint.plan.shapes.items() if t in checkpoint.sources}
+    dense = {t: n for t, n in sizes.items() if t not in experts and len(checkpoint.plan.shapes[t]) > 1}
+    mapped = sum(n for t, n in dense.items() if is_stored_as_used(checkpoint, t))
+    itemsize = max((checkpoint.dtype(t).itemsize for t in dense), default=2)
+
+    def encoding_of(target: str) -> Encoding:
+        known = target in checkpoint.sources and checkpoint.four_bit(target)
+        return known or hqq_encoding(group_size, bits)
+
+    share = mapped / max(1, sum(dense.values()))
+    return model_shape(checkpoint.model, checkpoint.handover, encoding_of, itemsize, share, masked)
+
+
+def is_stored_as_used(checkpoint: Checkpoint, target: str) -> bool:
+    """Whether a parameter is one plain tensor of the checkpoint."""
+    source = checkpoint.sources[target]
+    return source.converter is None and len(source.keys) == 1 and checkpoint.format(source.keys[0][0]) == "plain"
+
+
+def shape_of_config(folder: Path, group_size: int, bits: int) -> tuple[ModelShape, list[str]]:
+    """Of a folder that need hold no more than config.json; and what cannot be known from it."""
+    config, quantization = read_config(folder)
+    model = meta_model(config)
+    method = None if quantization is None else quantization.method
+    text = config.get_text_config()
+    dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+    encoding, unknown = hqq_encoding(group_size, bits), []
+    if quantization is not None and (method == "mxfp4" or quantization.group_sizes):
+        name, group = ("mxfp4", 32) if method == "mxfp4" else ("int4", quantization.group_sizes[0])
+        scale = torch.uint8 if method == "mxfp4" else torch.bfloat16
+        table = E2M1_VALUES if method == "mxfp4" else INT4_VALUES
+        encoding = Encoding(name, group, 4, scale, None, table, quantization.dtype)
+        unknown.append(f"experts are taken to be stored in {name}, groups of {group}, in every layer")
+    elif quantization is not None:
+        unknown.append(f"dense weights in {method} are taken to be held in 16 bits")
+    itemsize = 4 if dtype in (torch.float32, "float32") else 2
+    mapped = 0.0 if method is not None and method != "mxfp4" else 1.0
+    return model_shape(model, handover(model), lambda _: encoding, itemsize, mapped, True), unknown
+
+
 def model_shape(
-    model: PreTrainedModel, handover: Handover, encoding_of: Callable[[str], Encoding], stored_bytes: int, mapped: bool
-) -> ModelShape:
+    model: PreTrainedModel, handed_over: Handover, encoding_of: Callable[[str], Encoding], stored_bytes: int,
+    mapped_share: float, masked: bool = True,
+) -> ModelShape:  # fmt: skip
     """The shape of a model on the meta device, which is not changed.
 
-    encoding_of: how a fused expert parameter is stored in 4 bits.
+    encoding_of: how a fused expert parameter is stored in 4 bits; masked: whether rows are packed or padded.
     """
     _, layers_name, layers = find_decoder(model)
-    measured, outside = ask_activations(model, handover)
+    measured, outside = ask_activations(model, masked)
     shapes = []
     for i, layer in enumerate(layers):
         name = f"{layers_name}.{i}"
-        shapes.append(layer_shape(model, name, layer, handover, encoding_of, *measured[i]))
+        shapes.append(layer_shape(model, name, layer, handed_over, encoding_of, *measured[i]))
     text = model.config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weight: Any = (head if isinstance(head, nn.Linear) else embedding).weight
+    width = max(handed_over.width(cut) for cut in handed_over.splits if cut > 0)
     return ModelShape(
-        model_type=model.config.model_type, layers=tuple(shapes), splits=tuple(handover.splits),
-        width=max(handover.width(cut) for cut in handover.splits if cut > 0), head=(weight.shape[0], weight.shape[1]),
-        tied=bool(model.all_tied_weights_keys), outside=outside, stored_bytes=stored_bytes, mapped=mapped,
+        model_type=model.config.model_type, layers=tuple(shapes), splits=tuple(handed_over.splits),
+        width=width, head=(weight.shape[0], weight.shape[1]),
+        tied=bool(model.all_tied_weights_keys), outside=outside, stored_bytes=stored_bytes, mapped_share=mapped_share,
         context=getattr(text, "max_position_embeddings", None),
     )  # fmt: skip
 
 
 def layer_shape(
-    model: PreTrainedModel, name: str, layer: nn.Module, handover: Handover, encoding_of: Callable[[str], Encoding],
+    model: PreTrainedModel, name: str, layer: nn.Module, handed_over: Handover, encoding_of: Callable[[str], Encoding],
     activations: Activations, pairs_per_token: float,
 ) -> LayerShape:  # fmt: skip
     """Count one layer's weights by their role."""
-    found = [(n, m) for n, m in layer.named_modules() if is_experts_module(m) and f"{name}.{n}" in handover.called]
+    found = [(n, m) for n, m in layer.named_modules() if is_experts_module(m) and f"{name}.{n}" in handed_over.called]
     own = tuple(n for n, _ in found)
     linear = [m.weight.numel() for n, m in layer.named_modules()
-              if type(m) is nn.Linear and f"{name}.{n}" in handover.called]  # fmt: skip
+              if type(m) is nn.Linear and f"{name}.{n}" in handed_over.called]  # fmt: skip
     routers = sum(router_weights(model.get_submodule(f"{name}.{n}".rpartition(".")[0]), m) for n, m in found)
     all_weights = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith(tuple(f"{o}." for o in own)))
     experts = None
@@ -186,6 +235,7 @@ def layer_shape(
         shapes = [oriented(module, p) for p in (up, down)]
         experts = Experts(
             shapes[0][0], pairs_per_token, shapes[0][1:], shapes[1][1:], encodings, routers,
+            sum(p.numel() for p in module.parameters() if p.ndim == 2),
             bool(getattr(module, "has_post_expert_norm", False)),
         )  # fmt: skip
     others = max(0, all_weights - sum(linear) - routers)
@@ -286,9 +336,9 @@ class _Asked:
     pairs: int = 0
 
 
-def ask_activations(model: PreTrainedModel, handover: Handover) -> tuple[list[tuple[Activations, float]], Growth]:
+def ask_activations(model: PreTrainedModel, masked: bool) -> tuple[list[tuple[Activations, float]], Growth]:
     """Each layer's activations and pairs a token; and the activations beside the layers."""
-    short, long = (ask_at(model, length) for length in LENGTHS)
+    short, long = (ask_at(model, length, masked) for length in LENGTHS)
     answers = []
     for a, b in zip(short[0], long[0], strict=True):
         parts = {
@@ -306,8 +356,8 @@ def growth(short: int, long: int) -> Growth:
     return Growth(b - square * LENGTHS[1], square)
 
 
-def ask_at(model: PreTrainedModel, length: int) -> tuple[list[_Asked], int]:
-    """One forward of a row of two documents, each kind of layer watched once."""
+def ask_at(model: PreTrainedModel, length: int, masked: bool) -> tuple[list[_Asked], int]:
+    """One forward of a row (of two documents where it is masked), each kind of layer watched once."""
     copied = skeleton(model)
     trained = torch.zeros(1, requires_grad=True)
     asked: dict[object, _Asked] = {}
@@ -332,9 +382,9 @@ def ask_at(model: PreTrainedModel, length: int) -> tuple[list[_Asked], int]:
     for layer, kind in zip(layers, kinds(layers), strict=True):
         layer.forward = partial(ask, layer, kind)
     ids = torch.arange(length).unsqueeze(0) % 7
-    positions = torch.cat([torch.arange(length // 2)] * 2).unsqueeze(0)
+    positions = torch.arange(length // 2).repeat(2) if masked else torch.arange(length)
     with torch.no_grad(), beside:
-        decoder(input_ids=ids, position_ids=positions, use_cache=False)
+        decoder(input_ids=ids, position_ids=positions.unsqueeze(0), use_cache=False)
     return order, beside.peak
 
 
@@ -389,5 +439,3 @@ def given_anew(args: Any, kwargs: Any, needs_gradient: bool) -> tuple[Any, Any]:
     if place[0] == 0:
         return (*args[: place[1]], fresh, *args[place[1] + 1 :]), kwargs
     return args, {**kwargs, place[1]: fresh}
-
-

@@ -1,0 +1,603 @@
+"""How much memory and disk a run needs, phase by phase, from shapes and settings alone; and the settings for a limit.
+
+    peak = max over phases of (what is always there + what the phase holds at its fullest moment)
+
+Every figure is a named item, so that a plan can be read, and a wrong one found. Counted are the tensors that the phases
+hold by their code: T tokens of width H, P = T top_k pairs, n active weights,
+
+    importance   inputs of every trainable layer [T, H], and one layer's pairs: X, dOut [T, H], dh [P, out], a [P, in]
+    step         what each trainable layer keeps (`model_shape`), h [P, out] and a [P, in]; one chunk's logits
+    capture      pairs of CAPTURE_STEPS x ACCUM micro-batches, of every trainable layer
+    always       delta, rows and columns, two moments, generation: 24 bytes an active weight, and 4 for its gradient
+
+beside what the process holds before the model is there, which is measured (`baseline_bytes`). Mapped files (4-bit
+experts, dense weights of a 16-bit checkpoint, a workspace) are the system's page cache and count apart.
+
+`fit` lowers, for a limit, only what leaves the training as it was asked for: chunk sizes, the stretch, buffers in
+mapped files, resident copies. What shapes a run (MICROBATCH, IMPORTANCE_SAMPLES and so on) is the user's.
+
+Left out: what allocators waste beyond `SLACK`, and operators' own scratch memory beyond `SCRATCH_BYTES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+from usaf.errors import UserError
+from usaf.importance import active_count
+from usaf.model_shape import Experts, LayerShape, ModelShape
+from usaf.prefix import STRETCH_BYTES
+from usaf.settings import Settings, parse_size
+
+# -- calibrated against runs (docs/decisions.md)
+SLACK = 1.03  # of what tensors take: pages that allocators hold and do not use
+SCRATCH_BYTES = 64 << 20  # libraries that load with their first use, their threads' buffers, compiled kernels
+BLOCK_BYTES = 8 << 20  # decoded weights that a thread works on
+HEAD_BUFFERS = 1.0  # logits of a chunk that are alive at a time
+WIDENED_BYTES = 64 << 20  # rows of a 16-bit dense weight in fp32 (`linear.WIDENED_ELEMENTS`)
+SKEW = 4.0  # the busiest expert's tokens over an even share
+STATE_BYTES = 24  # an active weight: delta, row, column, two moments, generation
+GRADIENT_BYTES = 4
+PAIR_INDEX_BYTES = 28  # a pair: its token and slot, int64, its expert, its routing weight
+UPDATE_BYTES = 16  # an active weight of one tensor, while Adam works on it
+CHOICE_BYTES = 112  # a chosen weight of one tensor, while three selections run
+SCORE_BYTES = 29  # a weight of one expert while it is scored: dense gradients, candidates
+RESELECT_BYTES = 96  # an active weight of one tensor, while its places are drawn anew
+
+CHEAP_CHUNK_TOKENS, CHEAP_HEAD_TOKENS, CHEAP_STRETCH_BYTES = 1024, 64, 128 << 20
+SMALLEST_CHUNK_TOKENS, SMALLEST_HEAD_TOKENS, SMALLEST_STRETCH_BYTES = 64, 16, 4 << 20
+SPILLABLE = ("stretch", "captured", "importance")
+"""What may lie in mapped files (`workspace`): states of a stretch, captured pairs, inputs and pairs of importance."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as far as memory goes. train_row, eval_row: tokens of the longest sequences; train_tokens,
+    eval_tokens: of all that are cached. spilled: those of `SPILLABLE` that lie in mapped files."""
+
+    start: int
+    frac: float
+    microbatch: int
+    accum: int
+    capture_steps: int  # 0: nothing is reselected
+    evaluates_in_window: bool
+    importance_rows: int
+    train_row: int
+    train_tokens: int
+    eval_row: int
+    eval_tokens: int
+    router_trains: bool
+    cached: bool
+    cache_itemsize: int
+    prefix_chunk_tokens: int
+    head_chunk_tokens: int
+    keep_checkpoints: int
+    threads: int
+    resident: bool = False
+    stretch_bytes: int = STRETCH_BYTES
+    spilled: frozenset[str] = frozenset()
+    quantises: bool = False  # the 4-bit file is made in this process
+    trains: bool = True  # False: an evaluation alone
+
+    @property
+    def step_tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.microbatch * self.train_row
+
+    def chunk_tokens(self, row: int, tokens: int) -> int:
+        """Of the largest chunk of sequences of `row` tokens, `tokens` in all."""
+        return min(max(1, self.prefix_chunk_tokens // max(1, row)) * row, max(row, tokens))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One moment of a run at its fullest: named private bytes."""
+
+    name: str
+    items: dict[str, int]
+
+    @property
+    def private(self) -> int:
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """always: private bytes in every phase; mapped: page cache wanted for full speed; disk: files that are written;
+    device: what a GPU would hold (counted from shapes, never measured); least: see `fit`."""
+
+    always: dict[str, int]
+    phases: list[Phase]
+    mapped: dict[str, int]
+    disk: dict[str, int]
+    device: dict[str, int] = field(default_factory=dict)
+
+    def total(self, phase: Phase) -> int:
+        return sum(self.always.values()) + phase.private
+
+    @property
+    def highest(self) -> Phase:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.total(self.highest)
+
+
+# ---- what a run does ------------------------------------------------------------------------------------------------
+
+
+def work_of(
+    values: Settings, start: int, train_row: int, train_tokens: int, train_rows: int, eval_row: int, eval_tokens: int,
+    cache_itemsize: int, threads: int, **more: object,
+) -> Work:  # fmt: skip
+    """The `Work` of settings whose data are known (or guessed, before there are any)."""
+    reselects = 0 < values.reselect_every <= last_reselection(values) and values.drop_fraction > 0
+    capture = min(values.capture_steps, values.reselect_every) if reselects else 0
+    known: dict[str, object] = dict(
+        start=start, frac=values.frac, microbatch=values.microbatch, accum=values.accum, capture_steps=capture,
+        evaluates_in_window=reselects and evaluates_in_window(values, capture),
+        importance_rows=min(values.importance_samples, train_rows), train_row=train_row, train_tokens=train_tokens,
+        eval_row=eval_row, eval_tokens=eval_tokens, router_trains=values.router_lr > 0, cached=values.use_frozen_cache,
+        cache_itemsize=cache_itemsize, prefix_chunk_tokens=values.prefix_chunk_tokens,
+        head_chunk_tokens=values.head_chunk_tokens, keep_checkpoints=values.keep_checkpoints, threads=threads,
+        resident=values.use_resident == "1",
+    )  # fmt: skip
+    return Work(**{**known, **more})  # type: ignore[arg-type]
+
+
+def last_reselection(values: Settings) -> int:
+    """As in `trainer`: no reselection follows a later step."""
+    return min(math.floor(values.reselect_until * values.steps + 1e-9), values.steps - 1)
+
+
+def evaluates_in_window(values: Settings, capture: int) -> bool:
+    """Whether an evaluation falls on a step whose captured pairs wait for their reselection."""
+    if values.eval_every == 0:
+        return False
+    due = range(values.reselect_every, last_reselection(values) + 1, values.reselect_every)
+    return any(step % values.eval_every == 0 for end in due for step in range(end - capture + 1, end))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def memory_plan(shape: ModelShape, work: Work, baseline_bytes: int) -> MemoryPlan:
+    """Every phase of the run that `work` describes.
+
+    baseline_bytes: private memory of the process with its libraries and data, before the model is built.
+    """
+    count = _Count(shape, work)
+    phases = [count.load(), *count.prefix(), count.evaluation("evaluate before", 0)]
+    if work.trains:
+        phases += [*count.importance(), *count.step(), *count.reselection(), count.checkpoint()]
+        phases.append(count.evaluation("evaluate", count.state_bytes()))
+    always = {"process": baseline_bytes + SCRATCH_BYTES, **count.weights()}
+    phases = [Phase(p.name, {name: int(size * SLACK) for name, size in p.items.items() if size}) for p in phases]
+    return MemoryPlan(always, phases, count.mapped(), count.disk(), count.device())
+
+
+class _Count:
+    """The arithmetic of `memory_plan`, an item a method. Bytes everywhere; activations are in fp32."""
+
+    def __init__(self, shape: ModelShape, work: Work) -> None:
+        self.shape, self.work = shape, work
+        self.trainable = shape.layers[work.start :]
+        self.moe = [layer.experts for layer in self.trainable if layer.experts is not None]
+        self.banks = [n for experts in self.moe for n in experts.bank_weights]
+        self.largest = max(self.banks)
+        self.active = sum(active_count(n, work.frac) for n in self.banks)
+        self.largest_active = active_count(self.largest, work.frac)
+        self.largest_expert = max(e.up[0] * e.up[1] for e in self.moe)
+        self.hidden = 4 * shape.width
+
+    # -- weights
+
+    def weights(self) -> dict[str, int]:
+        """Private: what is not used from a mapped file as it is."""
+        every = self.shape.layers
+        routers = sum(layer.experts.router_weights for layer in every if layer.experts is not None)
+        others = sum(layer.other_weights + (layer.experts.bias_weights if layer.experts else 0) for layer in every)
+        dense = sum(layer.linear_weights for layer in every) + self.shape.shared_weights
+        found = {"routers and small weights": 4 * (routers + others)}
+        found["dense weights"] = int(dense * self.shape.stored_bytes * (1 - self.shape.mapped_share))
+        if self.work.resident:
+            found["resident experts"] = 2 * sum(self.banks)
+        return found
+
+    def mapped(self) -> dict[str, int]:
+        experts = [layer.experts.stored_bytes if layer.experts else 0 for layer in self.shape.layers]
+        dense = sum(layer.linear_weights for layer in self.shape.layers) + self.shape.shared_weights
+        return {
+            "4-bit experts of trainable layers": sum(experts[self.work.start :]),
+            "4-bit experts of frozen layers, once a stretch": sum(experts[: self.work.start]),
+            "dense weights": int(dense * self.shape.stored_bytes * self.shape.mapped_share),
+        }
+
+    def load(self) -> Phase:
+        copied = self.shape.stored_bytes * self.widest() * (2 if self.shape.mapped_share < 1 else 0)
+        items = {"largest dense weight": copied}
+        if self.work.quantises:
+            items["an expert being quantised"] = self.largest_expert * 12
+        return Phase("load", items)
+
+    def widest(self) -> int:
+        return max(self.shape.head[0] * self.shape.head[1], *(layer.widest_linear for layer in self.shape.layers))
+
+    def widened(self) -> int:
+        """A dense weight's rows in fp32."""
+        return min(WIDENED_BYTES, 4 * max(layer.widest_linear for layer in self.shape.layers))
+
+    # -- passes without gradients
+
+    def working(self, layers: Iterable[LayerShape], tokens: int, row: int) -> int:
+        """The largest of these layers, run without gradients; its input counts elsewhere."""
+        return max(
+            (
+                max(layer.activations.working.at(tokens, row), self.hidden * tokens + self.one_expert(layer, tokens))
+                for layer in layers
+            ),
+            default=0,
+        )
+
+    def one_expert(self, layer: LayerShape, tokens: int) -> int:
+        """Experts without gradients: their input, one expert's pairs, the index of all of them, decoded weights."""
+        experts = layer.experts
+        if experts is None:
+            return 0
+        pairs = tokens * experts.pairs_per_token
+        busiest = min(tokens, SKEW * pairs / experts.count)
+        a_pair = 4 * (experts.up[1] + experts.up[0] + experts.down[1] + experts.down[0])
+        blocks = BLOCK_BYTES * self.work.threads
+        return int(self.hidden * tokens + busiest * a_pair + pairs * PAIR_INDEX_BYTES + blocks)
+
+    def prefix(self) -> list[Phase]:
+        work = self.work
+        frozen = self.shape.layers[: work.start]
+        if not frozen or not work.cached:
+            return []
+        phases = []
+        sets = [(work.train_row, work.train_tokens)] * work.trains + [(work.eval_row, work.eval_tokens)]
+        for row, tokens in sets:
+            chunk = work.chunk_tokens(row, tokens)
+            held = min(max(work.stretch_bytes, chunk * self.hidden), tokens * self.hidden)
+            working = self.working(frozen, chunk, row) + self.shape.outside.at(chunk, row) + self.widened()
+            rounding = chunk * self.shape.width * work.cache_itemsize
+            states = {} if "stretch" in work.spilled else {"states of a stretch": held}
+            phases.append(Phase("prefix", {**states, "one chunk in one layer": max(working, rounding)}))
+        return phases
+
+    def evaluation(self, name: str, state_bytes: int) -> Phase:
+        work, shape = self.work, self.shape
+        row, chunk = work.eval_row, work.chunk_tokens(work.eval_row, work.eval_tokens)
+        working = self.working(self.trainable, chunk, row) + shape.outside.at(chunk, row) + self.widened()
+        items = {
+            "training state": state_bytes,
+            "captured pairs": self.captured() if state_bytes and work.evaluates_in_window else 0,
+            "hidden states": chunk * (self.hidden + shape.width * work.cache_itemsize) if work.start else 0,
+            "one chunk in one layer, or logits": max(working, chunk * self.hidden + self.head()),
+        }
+        if not work.cached:
+            items["recomputed prefix"] = self.recomputed(row, chunk)
+        return Phase(name, items)
+
+    def recomputed(self, row: int, chunk: int) -> int:
+        """Without a cache: a chunk passes the frozen layers when it is needed, and the last two are kept."""
+        return 2 * chunk * self.shape.width * self.work.cache_itemsize + chunk * self.hidden
+
+    def head(self) -> int:
+        """A chunk's logits, and the head's rows in fp32."""
+        vocabulary, hidden = self.shape.head
+        rows = self.work.head_chunk_tokens
+        widened = 0 if self.shape.stored_bytes == 4 else min(WIDENED_BYTES, 4 * vocabulary * hidden)
+        return int(4 * rows * (HEAD_BUFFERS * vocabulary + 3 * hidden)) + widened
+
+    # -- passes with gradients
+
+    def kept_by_experts(self, experts: Experts | None, tokens: int) -> int:
+        if experts is None:
+            return 0
+        a_pair = 4 * (experts.up[0] + experts.down[1] + (experts.down[0] if experts.normed else 0))
+        return int(tokens * experts.pairs_per_token * (a_pair + PAIR_INDEX_BYTES))
+
+    def pairs(self, experts: Experts | None, tokens: int) -> int:
+        """What the weight gradients of one layer need: X and dOut by token, dh and a by pair."""
+        if experts is None:
+            return 0
+        by_token = 4 * (experts.up[1] + experts.down[0])
+        by_pair = 4 * (experts.up[0] + experts.down[1]) + PAIR_INDEX_BYTES
+        return int(tokens * (by_token + experts.pairs_per_token * by_pair))
+
+    def kept(self, layer: LayerShape, tokens: int, row: int, first: bool) -> int:
+        activations = layer.activations
+        own = activations.kept_first if first else activations.kept
+        return own.at(tokens, row) + self.kept_by_experts(layer.experts, tokens)
+
+    def on_the_way_back(self, layer: LayerShape, tokens: int, row: int) -> int:
+        """Most that one layer's backward holds beyond what it kept."""
+        activations = layer.activations
+        own = activations.backward.at(tokens, row) - activations.kept.at(tokens, row)
+        experts = layer.experts
+        if experts is None:
+            return max(0, own)
+        pairs = tokens * experts.pairs_per_token
+        gradients = int(4 * pairs * experts.up[0]) + 2 * self.hidden * tokens
+        return max(own, gradients + BLOCK_BYTES * self.work.threads)
+
+    def importance(self) -> list[Phase]:
+        work, shape = self.work, self.shape
+        row, total = work.train_row, work.importance_rows * work.train_row
+        chunk = self.importance_chunk()
+        segments = shape.segments(work.start)
+        spilled = "importance" in work.spilled
+        an_input = 0 if spilled else total * self.hidden
+        inputs = (len(segments) + (1 if work.start else 0)) * an_input
+        working = self.working(self.trainable, chunk, row) + shape.outside.at(chunk, row) + self.widened()
+        phases = [Phase("importance, forward", {"inputs of all layers": inputs, "one chunk in one layer": working})]
+        phases.append(Phase("importance, head", {"inputs of all layers": inputs, "gradients of the last": an_input,
+                                                 "one chunk": 4 * chunk * self.hidden + self.head()}))  # fmt: skip
+        fullest: dict[str, int] = {}
+        for i, (first, end) in enumerate(segments):
+            layers = shape.layers[first:end]
+            pairs = sum(self.pairs(layer.experts, total) for layer in layers)
+            at_work = sum(self.kept(layer, chunk, row, first == work.start) for layer in layers) + max(
+                self.on_the_way_back(layer, chunk, row) for layer in layers
+            )
+            items = {
+                "inputs of lower layers": (i + (1 if work.start else 0)) * an_input, "gradients": an_input,
+                "pairs of one layer": 0 if spilled else pairs * max(0, total - chunk) // max(1, total),
+                "one chunk in one layer": at_work + shape.outside.at(chunk, row) + self.widened(),
+                "chosen indices": self.chosen(end),
+            }  # fmt: skip
+            if sum(items.values()) > sum(fullest.values()):
+                fullest = items
+        phases.append(Phase("importance, backward", fullest))
+        return [*phases, self.scoring(an_input, total, spilled)]
+
+    def chosen(self, end: int) -> int:
+        """Indices found in the layers from `end` on, int64."""
+        moe = [layer.experts for layer in self.shape.layers[end:] if layer.experts is not None]
+        return 8 * sum(active_count(n, self.work.frac) for experts in moe for n in experts.bank_weights)
+
+    def scoring(self, an_input: int, total: int, spilled: bool) -> Phase:
+        """Of the layer that is highest and of the one that is lowest, whichever takes more."""
+        work = self.work
+        segments = self.shape.segments(work.start)
+        fullest: dict[str, int] = {}
+        for i, (first, end) in enumerate(segments):
+            layers = self.shape.layers[first:end]
+            items = {
+                "inputs of lower layers": (i + (1 if work.start else 0)) * an_input, "gradients": an_input,
+                "pairs of one layer": 0 if spilled else sum(self.pairs(layer.experts, total) for layer in layers),
+                "chosen indices": self.chosen(first), "selection": CHOICE_BYTES * self.largest_active,
+                "one expert's gradient": SCORE_BYTES * self.largest_expert + self.pairs_of_one(layers, total),
+            }  # fmt: skip
+            if sum(items.values()) > sum(fullest.values()):
+                fullest = items
+        return Phase("importance, scoring", fullest)
+
+    def pairs_of_one(self, layers: Iterable[LayerShape], tokens: int) -> int:
+        """The busiest expert's rows, gathered."""
+        return max(
+            int(min(tokens, SKEW * tokens * e.pairs_per_token / e.count) * 4 * (e.up[0] + e.up[1]))
+            for e in (layer.experts for layer in layers) if e is not None
+        ) if any(layer.experts for layer in layers) else 0  # fmt: skip
+
+    def importance_chunk(self) -> int:
+        """Tokens of a chunk: an even number of them, as equal as can be (`importance.sample_chunks`)."""
+        work = self.work
+        rows = max(1, work.prefix_chunk_tokens // max(1, work.train_row))
+        chunks = min(2 * -(-work.importance_rows // (2 * rows)), work.importance_rows)
+        return -(-work.importance_rows // max(1, chunks)) * work.train_row
+
+    def state_bytes(self) -> int:
+        """Deltas and their moments, gradients included; routers' too."""
+        routers = sum(e.router_weights for e in self.moe) if self.work.router_trains else 0
+        return self.active * (STATE_BYTES + GRADIENT_BYTES) + 16 * routers
+
+    def step(self) -> list[Phase]:
+        work, shape = self.work, self.shape
+        row, tokens = work.train_row, work.step_tokens
+        kept = sum(self.kept(layer, tokens, row, i == 0) for i, layer in enumerate(self.trainable))
+        earlier = max(0, self.captures() - 1) if "captured" not in work.spilled else 0
+        captured = self.captured() * earlier // max(1, self.captures())
+        common = {
+            "training state": self.state_bytes(), "captured pairs": captured, "kept for the backward": kept,
+            "beside the layers": shape.outside.at(tokens, row), "hidden states": 2 * tokens * self.hidden,
+        }  # fmt: skip
+        back = max(self.on_the_way_back(layer, tokens, row) for layer in self.trainable) + self.widened()
+        phases = [
+            Phase("step, head", {**common, "logits of a chunk": self.head() + tokens * self.hidden}),
+            Phase("step, backward", {**common, "one layer's backward": back}),
+            Phase("step, update", {"training state": self.state_bytes(), "captured pairs": self.captured(),
+                                   "update of one tensor": UPDATE_BYTES * self.largest_active}),
+        ]  # fmt: skip
+        if not work.cached and work.start:
+            chunk = work.chunk_tokens(row, work.train_tokens)
+            phases.append(Phase("step, prefix", {
+                "training state": self.state_bytes(), "captured pairs": captured,
+                "recomputed prefix": self.recomputed(row, chunk),
+                "one chunk in one layer": self.working(shape.layers[: work.start], chunk, row) + self.widened(),
+            }))  # fmt: skip
+        return phases
+
+    def captures(self) -> int:
+        return self.work.capture_steps * self.work.accum
+
+    def captured(self) -> int:
+        """Pairs of a whole capture window; in mapped files, those of one micro-batch, before they go there."""
+        of_one = sum(self.pairs(experts, self.work.step_tokens) for experts in self.moe)
+        return of_one * (min(1, self.captures()) if "captured" in self.work.spilled else self.captures())
+
+    def reselection(self) -> list[Phase]:
+        if not self.work.capture_steps:
+            return []
+        return [Phase("reselection", {
+            "training state": self.state_bytes(), "captured pairs": self.captured(),
+            "selection": (RESELECT_BYTES + 4 * self.work.capture_steps) * self.largest_active,
+            "one expert's gradient": SCORE_BYTES * self.largest_expert,
+        })]  # fmt: skip
+
+    def checkpoint(self) -> Phase:
+        return Phase("checkpoint", {"training state": self.state_bytes(), "flat indices": 12 * self.active})
+
+    # -- disk and device
+
+    def disk(self) -> dict[str, int]:
+        work = self.work
+        routers = sum(e.router_weights for e in self.moe) if work.router_trains else 0
+        tokens = (work.train_tokens * work.trains + work.eval_tokens) if work.cached and work.start else 0
+        return {
+            "4-bit experts": sum(layer.experts.stored_bytes for layer in self.shape.layers if layer.experts),
+            "prefix cache": tokens * self.shape.width * work.cache_itemsize,
+            "checkpoints": (work.keep_checkpoints + 1) * (self.active * STATE_BYTES + 16 * routers),
+            "delta": self.active * 8 + 4 * routers,
+            "workspace": self.workspace(),
+        }
+
+    def workspace(self) -> int:
+        """Mapped files that are gone when the run ends: the fullest moment of those that are spilled."""
+        work, total = self.work, self.work.importance_rows * self.work.train_row
+        sizes = [0]
+        if "stretch" in work.spilled:
+            sizes.append(min(work.stretch_bytes, max(work.train_tokens, work.eval_tokens) * self.hidden))
+        if "captured" in work.spilled:
+            sizes.append(self.captures() * sum(self.pairs(experts, work.step_tokens) for experts in self.moe))
+        if "importance" in work.spilled:
+            inputs = (len(self.shape.segments(work.start)) + 2) * total * self.hidden
+            sizes.append(inputs + max(self.pairs(experts, total) for experts in self.moe))
+        return max(sizes)
+
+    def device(self) -> dict[str, int]:
+        """On a GPU with 16-bit arithmetic. From the same counts, halved where types are; never tried."""
+        work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
+        kept = sum(self.kept(layer, tokens, row, i == 0) for i, layer in enumerate(self.trainable))
+        frozen = [layer.linear_weights * 2 + (layer.experts.stored_bytes if layer.experts else 0)
+                  for layer in self.shape.layers[: work.start]]  # fmt: skip
+        return {
+            "4-bit experts of trainable layers": sum(e.stored_bytes for e in self.moe),
+            "dense weights of trainable layers, embeddings, head": 2 * (
+                sum(layer.linear_weights for layer in self.trainable) + self.shape.shared_weights),
+            "one frozen layer": max(frozen, default=0),
+            "training state": self.state_bytes(), "captured pairs": self.captured() // 2,
+            "kept for the backward": kept // 2,
+            "one layer's backward": max(self.on_the_way_back(layer, tokens, row) for layer in self.trainable) // 2,
+            "one expert in 16 bits": 2 * self.largest_expert, "logits of a chunk": self.head(),
+        }  # fmt: skip
+
+
+# ---- a limit --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What `fit` may turn: the chunk sizes only where the user has not set them, the others always. spill: what can lie
+    in mapped files here."""
+
+    prefix_chunk: bool = True
+    head_chunk: bool = True
+    spill: tuple[str, ...] = ()
+
+
+def fit(shape: ModelShape, work: Work, baseline_bytes: int, limit_bytes: int, knobs: Knobs) -> Work:
+    """The work with what is lowered so that it keeps to the limit, or as low as it goes.
+
+    In the order of `turns`, the first that lowers the peak is turned by one notch, again and again, until the peak is
+    below the limit or none helps any more.
+    """
+    peak = memory_plan(shape, work, baseline_bytes).peak_bytes
+    while peak > limit_bytes:
+        for turn in turns(knobs):
+            turned = turn(work)
+            lowered = memory_plan(shape, turned, baseline_bytes).peak_bytes if turned is not None else peak
+            if turned is not None and lowered < peak:
+                work, peak = turned, lowered
+                break
+        else:
+            break
+    return work
+
+
+def turns(knobs: Knobs) -> list[Callable[[Work], Work | None]]:
+    """One notch of each knob; None where it is at its end.
+
+    Chunks and stretch come down a little first, which costs next to nothing; then buffers go to mapped files, at the
+    price of writing them; only then chunks become so small that products run slower.
+    """
+    return [
+        *_smaller(knobs, CHEAP_CHUNK_TOKENS, CHEAP_HEAD_TOKENS, CHEAP_STRETCH_BYTES),
+        *(partial(_spilled, what=what) for what in knobs.spill),
+        *_smaller(knobs, SMALLEST_CHUNK_TOKENS, SMALLEST_HEAD_TOKENS, SMALLEST_STRETCH_BYTES),
+    ]
+
+
+def _smaller(knobs: Knobs, chunk: int, head: int, stretch: int) -> list[Callable[[Work], Work | None]]:
+    found: list[Callable[[Work], Work | None]] = []
+    if knobs.prefix_chunk:
+        found.append(partial(_shorter_chunks, least=chunk))
+    if knobs.head_chunk:
+        found.append(partial(_halved, name="head_chunk_tokens", least=head))
+    return [*found, partial(_halved, name="stretch_bytes", least=stretch)]
+
+
+def _halved(work: Work, name: str, least: int) -> Work | None:
+    value = getattr(work, name)
+    return dataclasses.replace(work, **{name: max(least, value // 2)}) if value > least else None
+
+
+def _shorter_chunks(work: Work, least: int) -> Work | None:
+    """Below the longest sequence a chunk holds one sequence anyway."""
+    return _halved(work, "prefix_chunk_tokens", max(least, min(work.train_row, work.eval_row)))
+
+
+def _spilled(work: Work, what: str) -> Work | None:
+    return None if what in work.spilled else dataclasses.replace(work, spilled=work.spilled | {what})
+
+
+def plan_for_limit(
+    shape: ModelShape, work: Work, baseline_bytes: int, memory_limit: str, knobs: Knobs
+) -> tuple[Work, MemoryPlan]:
+    """The work that keeps to MEMORY_LIMIT, and its plan.
+
+    Raises:
+        UserError: none does; the line says the least that would.
+    """
+    limit = parse_size(memory_limit)
+    fitted = fit(shape, work, baseline_bytes, limit, knobs)
+    plan = memory_plan(shape, fitted, baseline_bytes)
+    if plan.peak_bytes <= limit:
+        return fitted, plan
+    least = fit(shape, work, baseline_bytes, 0, knobs)
+    needed = memory_plan(shape, least, baseline_bytes)
+    raise UserError(
+        f"MEMORY_LIMIT={memory_limit}: the least that would do is {rounded_up(needed.peak_bytes)} (in "
+        f"{needed.highest.name}: {largest_items(needed)}); allow that much, or {remedy(least, needed)}"
+    )
+
+
+def rounded_up(size: int) -> str:
+    """A size that, given as MEMORY_LIMIT, is no less than `size`."""
+    return f"{math.ceil(size / 1e7) / 100:.2f}GB"
+
+
+def largest_items(plan: MemoryPlan, count: int = 2) -> str:
+    items = sorted({**plan.always, **plan.highest.items}.items(), key=lambda item: -item[1])[:count]
+    return ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in items)
+
+
+def remedy(work: Work, plan: MemoryPlan) -> str:
+    """What a user can change for the phase that is highest."""
+    phase = plan.highest.name
+    if work.resident:
+        return "set USE_RESIDENT=0"
+    if phase.startswith("importance"):
+        return "lower IMPORTANCE_SAMPLES or SEQ_LEN, or raise TRAIN_FROM"
+    if "captured pairs" in plan.highest.items and plan.highest.items["captured pairs"] > plan.highest.private / 2:
+        return "lower CAPTURE_STEPS or MICROBATCH, or raise TRAIN_FROM"
+    if phase.startswith(("step", "reselection", "checkpoint")):
+        return "lower MICROBATCH or SEQ_LEN, or raise TRAIN_FROM"
+    return "lower SEQ_LEN, or raise TRAIN_FROM"
