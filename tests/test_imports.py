@@ -16,7 +16,7 @@ PACKAGE = REPOSITORY / "usaf"
 ROWS = [
     {"__init__", "errors"},  # imported by anything
     {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
-    {"devices", "kernels", "source_formats", "source_folder", "partial"},  # level 1
+    {"devices", "kernels", "source_formats", "source_folder", "partial", "workspace"},  # level 1
     {"experts", "linear", "samples", "demo"},  # level 2, in five rows: samples below data and prompts,
     {"adapters"},  # rewrite families into what experts.py serves,
     {"skeleton", "architecture", "weight_plan"},  # what a family's code says of itself,
