@@ -26,6 +26,7 @@ ROWS = [
     {"loss", "packing", "prefix", "generation"},  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run", "model_shape"},
     {"trainer", "budget"},  # level 5
+    {"memory_limit"},
     {"session"},  # level 6: what every command needs before it works
     {"summary"},
     {"job"},  # one run, phase by phase

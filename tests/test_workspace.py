@@ -14,7 +14,7 @@ import torch
 from usaf import workspace as module
 from usaf.errors import RunError
 from usaf.memory import private_bytes, resident_bytes
-from usaf.workspace import SMALLEST_BYTES, PrivateMemory, Workspace
+from usaf.workspace import PRIVATE, SMALLEST_BYTES, Workspace
 
 MIB = 1 << 20
 
@@ -32,7 +32,7 @@ def test_what_is_kept_is_the_same_to_the_bit(tmp_path: Path, dtype: torch.dtype)
 
 def test_gradients_are_left_behind(tmp_path: Path) -> None:
     values = torch.randn(1000, 1000, requires_grad=True)
-    for memory in (Workspace(tmp_path), PrivateMemory()):
+    for memory in (Workspace(tmp_path), PRIVATE):
         assert not memory.keep(values * 2).requires_grad
         assert torch.equal(memory.keep(values), values)
 
@@ -74,6 +74,15 @@ def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     Workspace(tmp_path).close()
     assert not left.exists()
     assert other.exists()
+
+
+def test_an_earlier_result_is_written_over_where_it_fits(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    first = workspace.keep(torch.ones(MIB))
+    second = workspace.keep(torch.full((MIB,), 2.0), first)
+    assert second.data_ptr() == first.data_ptr()
+    assert float(second.sum()) == 2 * MIB
+    assert workspace.keep(torch.ones(MIB + 1), first).data_ptr() != first.data_ptr()
 
 
 def test_small_tensors_get_no_file(tmp_path: Path) -> None:

@@ -50,7 +50,13 @@ RESELECT_BYTES = 96  # an active weight of one tensor, while its places are draw
 
 CHEAP_CHUNK_TOKENS, CHEAP_HEAD_TOKENS, CHEAP_STRETCH_BYTES = 1024, 64, 128 << 20
 SMALLEST_CHUNK_TOKENS, SMALLEST_HEAD_TOKENS, SMALLEST_STRETCH_BYTES = 64, 16, 4 << 20
-SPILLABLE = ("stretch", "captured", "importance")
+ON_DEVICE = {
+    "training state", "captured pairs", "one chunk in one layer", "one chunk in one layer, or logits", "one chunk",
+    "pairs of one layer", "selection", "one expert's gradient", "kept for the backward", "beside the layers",
+    "logits of a chunk", "one layer's backward", "update of one tensor", "resident experts",
+}  # fmt: skip
+"""Items that a GPU holds where there is one."""
+SPILLABLE = ("captured", "importance", "stretch")
 """What may lie in mapped files (`workspace`): states of a stretch, captured pairs, inputs and pairs of importance."""
 
 
@@ -81,7 +87,7 @@ class Work:
     stretch_bytes: int = STRETCH_BYTES
     spilled: frozenset[str] = frozenset()
     quantises: bool = False  # the 4-bit file is made in this process
-    trains: bool = True  # False: an evaluation alone
+    on_device: bool = False  # products run on a GPU, whose memory counts apart
 
     @property
     def step_tokens(self) -> int:
@@ -172,12 +178,17 @@ def memory_plan(shape: ModelShape, work: Work, baseline_bytes: int) -> MemoryPla
     baseline_bytes: private memory of the process with its libraries and data, before the model is built.
     """
     count = _Count(shape, work)
-    phases = [count.load(), *count.prefix(), count.evaluation("evaluate before", 0)]
-    if work.trains:
-        phases += [*count.importance(), *count.step(), *count.reselection(), count.checkpoint()]
-        phases.append(count.evaluation("evaluate", count.state_bytes()))
+    phases = [
+        count.load(), *count.prefix(), count.evaluation("evaluate before", 0), *count.importance(), *count.step(),
+        *count.reselection(), count.checkpoint(), count.evaluation("evaluate", count.state_bytes()),
+    ]  # fmt: skip
+    elsewhere = ON_DEVICE if work.on_device else set()
     always = {"process": baseline_bytes + SCRATCH_BYTES, **count.weights()}
-    phases = [Phase(p.name, {name: int(size * SLACK) for name, size in p.items.items() if size}) for p in phases]
+    always = {name: size for name, size in always.items() if size and name not in elsewhere}
+    phases = [
+        Phase(p.name, {n: int(size * SLACK) for n, size in p.items.items() if size and n not in elsewhere})
+        for p in phases
+    ]
     return MemoryPlan(always, phases, count.mapped(), count.disk(), count.device())
 
 
@@ -261,8 +272,7 @@ class _Count:
         if not frozen or not work.cached:
             return []
         phases = []
-        sets = [(work.train_row, work.train_tokens)] * work.trains + [(work.eval_row, work.eval_tokens)]
-        for row, tokens in sets:
+        for row, tokens in ((work.train_row, work.train_tokens), (work.eval_row, work.eval_tokens)):
             chunk = work.chunk_tokens(row, tokens)
             held = min(max(work.stretch_bytes, chunk * self.hidden), tokens * self.hidden)
             working = self.working(frozen, chunk, row) + self.shape.outside.at(chunk, row) + self.widened()
@@ -450,7 +460,7 @@ class _Count:
     def disk(self) -> dict[str, int]:
         work = self.work
         routers = sum(e.router_weights for e in self.moe) if work.router_trains else 0
-        tokens = (work.train_tokens * work.trains + work.eval_tokens) if work.cached and work.start else 0
+        tokens = work.train_tokens + work.eval_tokens if work.cached and work.start else 0
         return {
             "4-bit experts": sum(layer.experts.stored_bytes for layer in self.shape.layers if layer.experts),
             "prefix cache": tokens * self.shape.width * work.cache_itemsize,

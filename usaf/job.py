@@ -262,7 +262,8 @@ class Job:
         self.fill_prefix()
         assert session.order is not None
         trainer = Trainer(
-            session.model, self.states, session.data.train, session.order, self.values, self.values.steps
+            session.model, self.states, session.data.train, session.order, self.values, self.values.steps,
+            session.workspace("captured"),
         )  # fmt: skip
         if saved is not None:
             self.restore(trainer, saved)
@@ -363,6 +364,8 @@ def announce(session: Session, asked: ResolvedSettings) -> None:
     chosen = session.decisions
     say(f"settled: CPU_THREADS = {chosen['threads']}, ATTENTION = {chosen['attention']}")
     say(f"device: {session.backend.name}, {session.backend.description} ({session.backend.reason})")
+    if session.kept is not None:
+        say(session.kept.line)
     for note in session.data.notes:
         say(f"data: {note}")
 

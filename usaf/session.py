@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 import transformers
@@ -36,12 +35,14 @@ from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make,
 from usaf.experts import ExpertBank
 from usaf.files import fingerprint
 from usaf.memory import available_bytes
+from usaf.memory_limit import Kept, keep_to_limit, longest_row
 from usaf.model import SparseModel, build_model
 from usaf.packing import keeps_documents_apart
-from usaf.prefix import BoundaryStates, cache_dtype, chunked
+from usaf.prefix import STRETCH_BYTES, BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
 from usaf.source_folder import resolve_model
+from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
@@ -73,9 +74,15 @@ class Session(ModelSession):
 
     data: TrainingData
     order: DataOrder | None = None
+    kept: Kept | None = None  # what keeps it to its MEMORY_LIMIT
 
     def __post_init__(self) -> None:
         self.stored_dtype = stored_dtype(self.checkpoint)
+
+    def workspace(self, what: str) -> Workspace | None:
+        """Where these buffers lie (see `budget.SPILLABLE`); None is private memory."""
+        mapped = what in self.decisions.get("mapped_buffers", ()) and self.backend.device.type == "cpu"
+        return Workspace(cache_folder(self.settings.values)) if mapped else None
 
     def chunk_rows(self, rows: Rows) -> int:
         """Sequences in one chunk of the prefix."""
@@ -97,7 +104,8 @@ class Session(ModelSession):
         folder = cache_folder(values) if values.use_frozen_cache else None
         dtype = cache_dtype(values.cache_dtype, self.stored_dtype)
         return BoundaryStates(
-            self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n
+            self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n,
+            self.decisions.get("stretch_bytes", STRETCH_BYTES), self.workspace("stretch") or PRIVATE,
         )  # fmt: skip
 
     def evaluation_sets(self) -> dict[str, Rows]:
@@ -126,10 +134,6 @@ def cache_folder(values: Settings) -> Path:
     return output_folder(values) / CACHE_FOLDER
 
 
-def longest_row(rows: Rows) -> int:
-    return int(np.diff(rows.offsets).max())
-
-
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of the checkpoint's dense weights (of its embeddings)."""
     for target in checkpoint.sources:
@@ -154,9 +158,17 @@ def prepare(settings: ResolvedSettings, decisions: dict[str, Any] | None = None,
     base = prepare_model(settings, decisions)
     data = read_data(base.settings, base.checkpoint, train)
     settings = resolve_steps(base.settings, data.train) if train else base.settings
+    kept = None
+    if train and settings.values.memory_limit is not None:  # an evaluation has its run's chunk sizes and decisions
+        kept = keep_to_limit(
+            settings, base.checkpoint, data, base.decisions["threads"],
+            resumes=decisions is not None, quantises=base.store is None, on_device=base.backend.device.type != "cpu",
+        )  # fmt: skip
+        settings = kept.settings
+        base.decisions.update(kept.decisions)
     session = Session(
         settings=settings, backend=base.backend, checkpoint=base.checkpoint, decisions=base.decisions, store=base.store,
-        data=data,
+        data=data, kept=kept,
     )  # fmt: skip
     if train:
         rows, values = session.data.train, settings.values
@@ -329,18 +341,23 @@ def load(session: ModelSession, done: PhaseDone | None = None) -> None:
         if session.backend.device.type != "cpu":
             session.model.place(layer, session.backend.device)
     session.decisions["quant_path"] = str(store.path)
-    choose_resident(session)
+    kept = session.kept if isinstance(session, Session) else None
+    choose_resident(session, None if kept is None else kept.room_bytes)
     if done is not None:
         done("load", time.perf_counter() - began)
 
 
-def choose_resident(session: ModelSession) -> None:
-    """USE_RESIDENT: keep the trainable layers' base decoded in 16 bits where that is faster and fits."""
+def choose_resident(session: ModelSession, room_bytes: int | None = None) -> None:
+    """USE_RESIDENT: keep the trainable layers' base decoded in 16 bits where that is faster and fits.
+
+    room_bytes: what MEMORY_LIMIT leaves for them.
+    """
     banks = [bank for moe in session.model.moe_from(session.start) for bank in moe.banks]
     chosen = session.decisions["resident"]
     setting = session.settings.values.use_resident
-    if chosen is None or setting != "auto":  # it decides no bit, so a setting given on resume counts
-        chosen, reason = decide_resident(banks, setting, session.backend)
+    # It decides no bit, so a setting or a limit given on resume counts.
+    if chosen is None or setting != "auto" or room_bytes is not None:
+        chosen, reason = decide_resident(banks, setting, session.backend, room_bytes)
         session.decisions["resident"], session.decisions["resident_reason"] = chosen, reason
         say(f"resident experts: {'yes' if chosen else 'no'} ({reason})")
     if chosen:
@@ -348,12 +365,17 @@ def choose_resident(session: ModelSession) -> None:
             make_resident(bank)
 
 
-def decide_resident(banks: list[ExpertBank], setting: str, backend: Backend) -> tuple[bool, str]:
+def decide_resident(
+    banks: list[ExpertBank], setting: str, backend: Backend, room_bytes: int | None = None
+) -> tuple[bool, str]:
     """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at the memory that
-    the copies would take: the host's free memory, or a share of the card's."""
+    the copies would take: the host's free memory, or a share of the card's, and no more than `room_bytes` of the host's
+    where MEMORY_LIMIT leaves so many."""
     if setting in ("0", "1"):
         return setting == "1", f"USE_RESIDENT={setting}"
     needed = sum(bank.base.resident_dtype().itemsize * bank.numel for bank in banks)
+    if room_bytes is not None and backend.device.type == "cpu" and needed > room_bytes:
+        return False, f"decoded copies would take {needed / 1e9:.2f} GB, and MEMORY_LIMIT leaves {room_bytes / 1e9:.2f}"
     free = available_bytes() if backend.device.type == "cpu" else backend.total_memory_bytes()
     if free is None:
         return False, f"{backend.name} does not say how much memory it has"

@@ -26,7 +26,23 @@ SMALLEST_BYTES = 1 << 20
 """Tensors below this stay in private memory: a file each is not worth it."""
 
 
-class Workspace:
+class Memory:
+    """Private memory: the same interface without files."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor on the host; what is in it is not defined."""
+        return torch.empty(shape, dtype=dtype)
+
+    def keep(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
+        """The values of a tensor, on the host, without its gradient. into: an earlier result, which may be written
+        over."""
+        return tensor.detach().cpu()
+
+
+PRIVATE = Memory()
+
+
+class Workspace(Memory):
     """Tensors in files of one folder, which is made if need be."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +53,7 @@ class Workspace:
         remove_abandoned(folder / NAME)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of zeros on the host, in a file of its own.
+        """A tensor on the host, in a file of its own.
 
         Raises:
             RunError: the disk has no room for it.
@@ -45,7 +61,7 @@ class Workspace:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         if size < SMALLEST_BYTES:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         path = self.folder / f".{NAME}.{os.getpid()}-{secrets.token_hex(8)}.partial"
         try:
             mapped = self._map(path, count, dtype)
@@ -73,11 +89,10 @@ class Workspace:
             self._left.append(path)
         return mapped
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor, on the host, in the workspace."""
-        kept = self.empty(tuple(tensor.shape), tensor.dtype)
-        kept.copy_(tensor.detach())
-        return kept
+    def keep(self, tensor: Tensor, into: Tensor | None = None) -> Tensor:
+        fits = into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype)
+        kept = into if into is not None and fits else self.empty(tuple(tensor.shape), tensor.dtype)
+        return kept.copy_(tensor.detach())
 
     def close(self) -> None:
         """Remove what still has a name and is no longer mapped."""
@@ -99,13 +114,3 @@ def reserve(handle: int, size: int) -> None:
     written = 0
     while written < size:
         written += os.write(handle, block[: size - written])
-
-
-class PrivateMemory:
-    """The same interface without files: tensors stay what and where they are."""
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu()
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
