@@ -63,11 +63,11 @@ class BoundaryStates:
 
     def __init__(
         self, model: SparseModel, rows: Rows, chunks: list[list[int]], start: int, dtype: torch.dtype,
-        identity: dict[str, object], folder: Path | None, cached_rows: int = 0, stretch_bytes: int = STRETCH_BYTES,
+        identity: dict[str, object], folder: Path | None, cached_rows: int = 0, stretch_bytes: int | None = None,
         memory: Memory = PRIVATE,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.chunks, self.start, self.dtype = model, rows, chunks, start, dtype
-        self.stretch_bytes, self.memory = stretch_bytes, memory
+        self.stretch_bytes, self.memory = stretch_bytes or STRETCH_BYTES, memory
         self.chunk_of = {row: c for c, chunk in enumerate(chunks) for row in chunk}
         self.recent: OrderedDict[int, dict[int, Tensor]] = OrderedDict()  # uncached chunks, the last two
         self.cache: _CacheFile | None = None

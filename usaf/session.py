@@ -38,7 +38,7 @@ from usaf.memory import available_bytes
 from usaf.memory_limit import Kept, keep_to_limit, longest_row
 from usaf.model import SparseModel, build_model
 from usaf.packing import keeps_documents_apart
-from usaf.prefix import STRETCH_BYTES, BoundaryStates, cache_dtype, chunked
+from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
 from usaf.source_folder import resolve_model
@@ -105,7 +105,7 @@ class Session(ModelSession):
         dtype = cache_dtype(values.cache_dtype, self.stored_dtype)
         return BoundaryStates(
             self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n,
-            self.decisions.get("stretch_bytes", STRETCH_BYTES), self.workspace("stretch") or PRIVATE,
+            self.decisions.get("stretch_bytes"), self.workspace("stretch") or PRIVATE,
         )  # fmt: skip
 
     def evaluation_sets(self) -> dict[str, Rows]:
