@@ -28,11 +28,11 @@ ROWS = [
     {"trainer", "budget"},  # level 5
     {"memory_limit"},
     {"session"},  # level 6: what every command needs before it works
-    {"summary"},
+    {"summary", "plan_time"},
     {"job"},  # one run, phase by phase
     {"merged_folder"},
     {"evaluate", "export"},  # level 7, the commands
-    {"train", "quantize", "generate"},
+    {"train", "quantize", "generate", "plan"},
 ]
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = ["errors", "settings", "demo"]  # what `--help` imports

@@ -66,16 +66,14 @@ def keep_to_limit(
     return Kept(settings, plan, decisions, describe(work, plan, limit))
 
 
-def work_of_run(
-    settings: ResolvedSettings, data: TrainingData, threads: int, quantises: bool, on_device: bool
-) -> Work:
+def work_of_run(settings: ResolvedSettings, data: TrainingData, threads: int, quantises: bool, on_device: bool) -> Work:
     values, sets = settings.values, [data.in_domain, *data.heldout.values()]
     assert values.train_from is not None
     cache_itemsize = 4 if values.cache_dtype == "fp32" else 2
     longest = max(sets, key=longest_row)
     return work_of(
         values, values.train_from, longest_row(data.train), len(data.train.input_ids), len(data.train),
-        longest_row(longest), max(len(rows.input_ids) for rows in sets), cache_itemsize, threads,
+        longest_row(longest), sum(len(rows.input_ids) for rows in sets), cache_itemsize, threads,
         quantises=quantises, on_device=on_device,
     )  # fmt: skip
 

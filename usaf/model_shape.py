@@ -169,8 +169,8 @@ def is_stored_as_used(checkpoint: Checkpoint, target: str) -> bool:
     return source.converter is None and len(source.keys) == 1 and checkpoint.format(source.keys[0][0]) == "plain"
 
 
-def shape_of_config(folder: Path, group_size: int, bits: int) -> tuple[ModelShape, list[str]]:
-    """Of a folder that need hold no more than config.json; and what cannot be known from it."""
+def shape_of_config(folder: Path, group_size: int, bits: int) -> tuple[ModelShape, PreTrainedModel, list[str]]:
+    """Of a folder that need hold no more than config.json; its model, and what cannot be known from it."""
     config, quantization = read_config(folder)
     model = meta_model(config)
     method = None if quantization is None else quantization.method
@@ -187,7 +187,7 @@ def shape_of_config(folder: Path, group_size: int, bits: int) -> tuple[ModelShap
         unknown.append(f"dense weights in {method} are taken to be held in 16 bits")
     itemsize = 4 if dtype in (torch.float32, "float32") else 2
     mapped = 0.0 if method is not None and method != "mxfp4" else 1.0
-    return model_shape(model, handover(model), lambda _: encoding, itemsize, mapped, True), unknown
+    return model_shape(model, handover(model), lambda _: encoding, itemsize, mapped), model, unknown
 
 
 def model_shape(

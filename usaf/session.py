@@ -11,7 +11,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -239,15 +239,19 @@ def open_quantised(checkpoint: Checkpoint, values: Settings) -> ExpertStore | No
 
 
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
-    layers = checkpoint.num_layers()
-    start = settings.values.train_from
-    cuts = checkpoint.handover.splits[:-1]
+    return settle_train_from(settings, checkpoint.num_layers(), checkpoint.handover.splits, checkpoint.moe_layers())
+
+
+def settle_train_from(
+    settings: ResolvedSettings, layers: int, splits: Sequence[int], moe_layers: Sequence[int]
+) -> ResolvedSettings:
+    """TRAIN_FROM for a model of so many layers, which can be cut at `splits`, those of `moe_layers` with experts."""
+    start, cuts = settings.values.train_from, splits[:-1]
     if start is None:
         start = max(cut for cut in cuts if cut <= layers - max(1, layers // 6))
         settings = settings.replace("default", train_from=start)
     if start >= layers:
         raise UserError(f"TRAIN_FROM={start}: the model has {layers} layers, counted from 0; choose 0 to {layers - 1}")
-    moe_layers = checkpoint.moe_layers()
     if not any(layer >= start for layer in moe_layers):
         raise UserError(f"TRAIN_FROM={start}: no MoE layer at or above it (they are {min(moe_layers)} to "
                         f"{max(moe_layers)}); choose at most {max(moe_layers)}")  # fmt: skip
