@@ -23,7 +23,7 @@ from usaf.delta import save_delta
 from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
 from usaf.importance import find_important, sample_chunks
-from usaf.memory import PeakMemory
+from usaf.memory import PeakMemory, return_freed
 from usaf.run import RunFolder, SavedState, list_checkpoints, load_checkpoint
 from usaf.session import Session, default_tag, evaluate_all, fill_all, load, output_folder, prepare, versions
 from usaf.settings import FIELDS, ResolvedSettings
@@ -49,6 +49,7 @@ class Job:
     def phase_done(self, name: str, seconds: float) -> None:
         self.totals.phase_seconds[name] = self.totals.phase_seconds.get(name, 0.0) + seconds
         self.run.log("phase", name=name, seconds=round(seconds, 3), peak_memory_bytes=self.memory.private)
+        return_freed()
 
     def log_step(self, result: StepResult) -> None:
         if result.skipped:

@@ -15,7 +15,7 @@ import numpy as np
 from usaf.budget import SPILLABLE, Knobs, MemoryPlan, Work, plan_for_limit, work_of
 from usaf.checkpoint import Checkpoint
 from usaf.data import Rows, TrainingData
-from usaf.memory import private_bytes
+from usaf.memory import private_bytes, return_at_once, return_freed
 from usaf.model_shape import shape_of_checkpoint
 from usaf.settings import FIELDS, ResolvedSettings, parse_size
 
@@ -51,6 +51,8 @@ def keep_to_limit(
     """
     limit = settings.values.memory_limit
     assert limit is not None
+    return_at_once()
+    return_freed()
     chosen = [n for n in ("prefix_chunk_tokens", "head_chunk_tokens") if settings.sources[n] in OPEN and not resumes]
     for name in chosen:
         if settings.sources[name] == CHOSEN:  # of an attempt that left nothing to resume
