@@ -225,7 +225,8 @@ def layer_shape(
     own = tuple(n for n, _ in found)
     linear = [m.weight.numel() for n, m in layer.named_modules()
               if type(m) is nn.Linear and f"{name}.{n}" in handed_over.called]  # fmt: skip
-    routers = sum(router_weights(model.get_submodule(f"{name}.{n}".rpartition(".")[0]), m) for n, m in found)
+    blocks = [(model.get_submodule(f"{name}.{n}".rpartition(".")[0]), m) for n, m in found]
+    routers = sum(p.numel() for block, m in blocks for p in router_parameters(block, m))
     all_weights = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith(tuple(f"{o}." for o in own)))
     experts = None
     if found:
@@ -248,14 +249,14 @@ def oriented(module: nn.Module, parameter: str) -> tuple[int, int, int]:
     return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
 
 
-def router_weights(block: nn.Module, experts: nn.Module) -> int:
-    """Of the 2D weight beside the experts that has a row for each of them."""
+def router_parameters(block: nn.Module, experts: nn.Module) -> list[nn.Parameter]:
+    """The 2D weight beside the experts that has a row for each of them."""
     count = int(getattr(experts, "router_rows", next(p for p in experts.parameters() if p.ndim == 3).shape[0]))
     inside = {id(p) for p in experts.parameters()}
-    return sum(
-        p.numel() for n, p in block.named_parameters()
+    return [
+        p for n, p in block.named_parameters()
         if p.ndim == 2 and p.shape[0] == count and id(p) not in inside and "shared" not in n
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------
@@ -271,11 +272,13 @@ class Watch(TorchDispatchMode):
         self.peak = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for _, t in leaves((args, kwargs or {}))}
         out = func(*args, **(kwargs or {}))
         for _, tensor in leaves(out):
             storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            self.alive.setdefault(reference.cdata, (reference, storage.nbytes()))
+            if storage._cdata not in given:  # else a view, perhaps of a weight
+                reference = StorageWeakRef(storage)
+                self.alive[reference.cdata] = reference, storage.nbytes()
         self.peak = max(self.peak, self.bytes())
         if any(name in str(func) for name in ATTENTION_SUMS) and "backward" not in str(func):
             self.operations += products_of(args)
@@ -362,9 +365,11 @@ def ask_at(model: PreTrainedModel, length: int, masked: bool) -> tuple[list[_Ask
     trained = torch.zeros(1, requires_grad=True)
     asked: dict[object, _Asked] = {}
     pairs: list[int] = []
-    for module in copied.modules():
+    for name, module in copied.named_modules():
         if is_experts_module(module):
             vars(module)["forward"] = partial(stand_in_experts, trained, pairs)
+            for weight in router_parameters(copied.get_submodule(name.rpartition(".")[0]), module):
+                weight.requires_grad_(True)
         elif type(module) is nn.Linear and module.in_features:
             vars(module)["forward"] = partial(_linear, module.out_features)
     decoder, _, layers = find_decoder(copied)
