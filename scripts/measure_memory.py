@@ -16,37 +16,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from bench_model import Sizes, write_data, write_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VOCAB = 32_000
 FIGURES = (
     "active_parameters", "expert_parameters", "router_parameters", "tokens_per_second", "prefix_tokens_per_second",
     "peak_memory_bytes", "peak_resident_bytes", "phase_seconds", "experts_moved",
 )  # fmt: skip
-
-
-def write_model(folder: Path, hidden: int, layers: int, experts: int) -> None:
-    """A random bf16 checkpoint in shards."""
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64, "num_key_value_heads": max(1, hidden // 256), "head_dim": 64,
-        "moe_intermediate_size": hidden // 2, "num_experts": experts, "num_experts_per_tok": min(8, experts),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes), dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="400MB")
-
-
-def write_data(path: Path, sequences: int, length: int) -> None:
-    rng = np.random.default_rng(0)
-    with open(path, "w", encoding="utf-8") as file:
-        for _ in range(sequences):
-            file.write(json.dumps({"input_ids": rng.integers(3, VOCAB, length).tolist()}) + "\n")
 
 
 def run_training(folder: Path, steps: int, further: list[str]) -> dict[str, object]:
@@ -72,11 +49,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sizes = (folder / "model", args.hidden, args.layers, args.experts)
-        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=sizes)
+        sizes = Sizes(
+            hidden=args.hidden, layers=args.layers, heads=args.hidden // 64, kv_heads=max(1, args.hidden // 256),
+            experts=args.experts, top_k=min(8, args.experts), intermediate=args.hidden // 2,
+        )  # fmt: skip
+        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=(folder / "model", sizes))
         writer.start()
         writer.join()
-        write_data(folder / "data.jsonl", 48, args.seq_len)
+        write_data(folder / "data.jsonl", 48, args.seq_len, sizes.vocab)
         summary = run_training(folder, args.steps, args.settings)
     print(json.dumps({name: summary[name] for name in FIGURES}, indent=2))
 

@@ -22,7 +22,7 @@ from operators import OperatorRecorder, directml_fallbacks, directml_types, mixe
 from source_checkpoints import to_int4, to_mxfp4
 from torch import Tensor
 
-from usaf import experts
+from usaf import expert_bank, experts, fused_head
 from usaf.data import DataOrder, Rows
 from usaf.delta import load_delta, save_delta
 from usaf.devices import Backend
@@ -217,7 +217,9 @@ def test_directml_runs_every_operator_of_the_cpu_recording(
 def use_device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, the versions of the kernels that DirectML would use."""
     monkeypatch.setattr(experts, "INDEX_ADD_DEVICES", ())
-    monkeypatch.setattr(experts, "sampled_gradient", lambda *arguments: sampled_gradient_reference(*arguments[:4]))
+    monkeypatch.setattr(experts, "runs_fused", lambda *_: False)
+    monkeypatch.setattr(fused_head, "runs_fused", lambda *_: False)
+    monkeypatch.setattr(expert_bank, "sampled_gradient", lambda *arguments: sampled_gradient_reference(*arguments[:4]))
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,8 @@ from families import FAMILIES, Float64Kept, random_model
 from torch import Tensor, nn
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
+from usaf.expert_bank import ExpertBank, PairGradients, Routing
 from usaf.experts import (
-    ExpertBank,
-    PairGradients,
-    Routing,
     add_rows,
     attach_banks,
     experts_forward,

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import VOCAB, base_into, build, write_checkpoint
+from families import FAMILIES, VOCAB, base_into, build, write_checkpoint
+from test_experts import Layer as FusedExpertsLayer
+from test_experts import experts_with
+from test_experts import inputs_of as fused_inputs_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,11 +25,12 @@ from transformers import AutoModelForCausalLM
 from usaf import importance
 from usaf.data import Rows, pack
 from usaf.devices import choose_backend
-from usaf.experts import ExpertBank, PairGradients
+from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.importance import (
     Importance,
     active_count,
     expert_gradient,
+    experts_are_only_added,
     find_important,
     grow_candidates,
     sample_chunks,
@@ -488,15 +492,19 @@ def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatc
 
 
 def test_each_expert_is_decoded_at_most_three_times_a_chunk(qwen: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, and forward and backward again; the first layer's inputs need no gradient, and scoring decodes none."""
+    """Forward, and forward and backward again. The top layer has one forward, the lowest one's inputs need no gradient,
+    and scoring decodes none."""
     decoded: Counter[tuple[int, int]] = Counter()
-    base_weight = ExpertBank.base_weight
 
-    def counted(self: ExpertBank, e: int, dtype: torch.dtype) -> Tensor:
-        decoded[id(self), e] += 1
-        return base_weight(self, e, dtype)
+    def counted(decode: Any) -> Any:
+        def count(self: ExpertBank, e: int, *args: Any) -> Tensor:
+            decoded[id(self), e] += 1
+            return decode(self, e, *args)
 
-    monkeypatch.setattr(ExpertBank, "base_weight", counted)
+        return count
+
+    for way in ("decode", "base_weight"):  # in fp32, and in the float64 of these tests
+        monkeypatch.setattr(ExpertBank, way, counted(getattr(ExpertBank, way)))
 
     def scoring(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
         before = decoded.total()
@@ -514,5 +522,50 @@ def test_each_expert_is_decoded_at_most_three_times_a_chunk(qwen: Pair, monkeypa
     for (bank, _), count in decoded.items():
         most[bank] = max(most[bank], count)
     trained = [id(bank) for moe in qwen.model.moe_from(2) for bank in moe.banks]
-    assert [most[bank] for bank in trained] == [(2 if bank == up_of_first else 3) * len(chunks) for bank in trained]
+    times = [2 if bank == up_of_first else 3 for bank in trained[:2]] + [2, 2]
+    assert [most[bank] for bank in trained] == [n * len(chunks) for n in times]
     assert sum(calls) == 2 * len(chunks) * 2  # two trainable layers
+
+
+# -- the experts' outputs, where no gradient depends on them -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_out_unused_outputs_changes_no_choice(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32, where the fused experts run: the same active weights and no fewer second products than needed."""
+    model = build(write_checkpoint(tmp_path / "model", family))
+    rows = make_rows()
+    down = {id(moe.banks[1]) for moe in model.moe}
+    decoded: Counter[bool] = Counter()
+    decode, found = ExpertBank.decode, []
+
+    def counting(bank: ExpertBank, *args: Any) -> Tensor:
+        decoded[id(bank) in down] += 1
+        return decode(bank, *args)
+
+    monkeypatch.setattr(ExpertBank, "decode", counting)
+    for way in (experts_are_only_added, lambda out: False):
+        monkeypatch.setattr(importance, "experts_are_only_added", way)
+        states = BoundaryStates(model, rows, chunked(len(rows), 3), 1, torch.float32, {}, None)
+        found.append((find_important(model, states, rows, range(6), 0.02, 2, 16, lambda n: None), decoded[True]))
+        decoded.clear()
+    (with_it, fewer), (without, all_of_them) = found
+    assert all(torch.equal(active, without.active[name]) for name, active in with_it.active.items())
+    assert fewer < all_of_them
+    assert not any(bank.output_unused for moe in model.moe for bank in moe.banks)
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(False, True), (True, False)])
+def test_a_norm_behind_the_experts_needs_their_output(norm: bool, expected: bool) -> None:
+    layer = FusedExpertsLayer(experts_with(gate=True, bias=False, transposed=False, post_norm=False), active=60)
+    hidden, ids, weights = fused_inputs_of(layer)
+    hidden.requires_grad_()
+    out = layer.run_banked(hidden, ids, weights)
+    out = torch.nn.functional.rms_norm(out, (24,)) if norm else out.reshape(4, 5, 24)
+    assert experts_are_only_added(hidden.reshape(out.shape) * 3 + out) is expected
+
+
+def test_without_experts_nothing_is_unused() -> None:
+    assert not experts_are_only_added(torch.ones(3, requires_grad=True) + 1)

@@ -15,9 +15,18 @@ PACKAGE = REPOSITORY / "usaf"
 # Lowest first; a folder such as devices/ counts as one module. A new module fails here until it has its row.
 ROWS = [
     {"__init__", "errors"},  # imported by anything
-    {"settings", "quantization", "selection", "optimizer", "files", "tensor_file", "memory", "console"},  # level 0
+    # level 0
+    {"settings", "quantization", "optimizer", "files", "tensor_file", "memory", "console", "workers"},
     {"devices", "kernels", "source_formats", "source_folder", "partial", "workspace"},  # level 1
-    {"experts", "linear", "samples", "demo"},  # level 2, in five rows: samples below data and prompts,
+    {
+        "expert_bank",
+        "selection",
+        "linear",
+        "samples",
+        "demo",
+    },  # level 2, in seven rows: samples below data and prompts,
+    {"fused_experts", "fused_head"},  # fast paths of experts and head
+    {"experts"},
     {"adapters"},  # rewrite families into what experts.py serves,
     {"skeleton", "architecture", "weight_plan"},  # what a family's code says of itself,
     {"checkpoint", "data", "prompts"},  # and the checkpoint's reader knows what an experts module is,

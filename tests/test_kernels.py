@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from usaf.kernels import sampled
-from usaf.kernels.sampled import sampled_gradient, sampled_gradient_csr, sampled_gradient_reference
+from usaf.kernels.sampled import sampled_gradient, sampled_gradient_reference
 
 OUT, IN = 23, 17
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
@@ -27,15 +27,11 @@ def tokens_of(tokens: int, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, T
     return tuple(torch.randn(tokens, n, generator=generator).to(dtype) for n in (OUT, IN))  # type: ignore[return-value]
 
 
-def by_csr(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor, row_starts: Tensor) -> Tensor:
-    return sampled_gradient_csr(grad_output, inputs, columns, row_starts)
-
-
 def by_reference(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor, row_starts: Tensor) -> Tensor:
     return sampled_gradient_reference(grad_output, inputs, rows, columns)
 
 
-VERSIONS = [by_csr, by_reference, sampled_gradient]
+VERSIONS = [by_reference, sampled_gradient]
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
@@ -108,11 +104,11 @@ def test_the_same_bits_every_time(kernel) -> None:  # type: ignore[no-untyped-de
 
 
 def test_the_version_follows_from_device_and_type_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sparse product on the CPU in fp32 and float64; gathers wherever torch has none."""
+    """Machine code on the CPU in fp32; gathers everywhere else."""
     calls: list[str] = []
-    monkeypatch.setattr(sampled, "sampled_gradient_csr", lambda *_: calls.append("csr"))
+    monkeypatch.setattr(sampled, "sampled_gradient_compiled", lambda *_: calls.append("compiled"))
     monkeypatch.setattr(sampled, "sampled_gradient_reference", lambda *_: calls.append("reference"))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         sampled_gradient(*tokens_of(2, dtype), *places(0.3))
     sampled_gradient(*(t.to("meta") for t in (*tokens_of(2, torch.float32), *places(0.3))))
-    assert calls == ["csr", "csr", "reference", "reference"]
+    assert calls == ["compiled", "reference", "reference", "reference"]

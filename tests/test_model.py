@@ -33,7 +33,7 @@ from usaf.checkpoint import Checkpoint
 from usaf.data import Batch
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError
-from usaf.experts import ExpertBank
+from usaf.expert_bank import ExpertBank
 from usaf.linear import FrozenEmbedding, FrozenLinear, WidenedLinear
 from usaf.loss import count_targets, loss_and_gradient, loss_sum
 from usaf.model import SparseModel, find_router, keeps_fp32
@@ -276,7 +276,7 @@ def test_the_model_is_whole_again_after_a_run_and_after_an_exception(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ExpertBank, "weight", fail)
+        patched.setattr(ExpertBank, "decode", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             model.run_layers(BATCH, 2, 3, below)
     assert replaced_forwards(model) == []
@@ -551,18 +551,18 @@ def test_the_first_trained_layer_computes_no_gradient_for_its_input(
     activate(model)
     start = 2
     decoded: list[ExpertBank] = []
-    weight, backward = ExpertBank.weight, WidenedLinear.backward
+    decode, backward = ExpertBank.decode, WidenedLinear.backward
     dense_backwards: list[int] = []
 
-    def count_weight(bank: ExpertBank, *args: Any) -> Tensor:
+    def count_decoding(bank: ExpertBank, *args: Any) -> Tensor:
         decoded.append(bank)
-        return weight(bank, *args)
+        return decode(bank, *args)
 
     def count_backward(ctx: Any, grad: Tensor) -> Any:
         dense_backwards.append(ctx.saved_tensors[0].data_ptr())
         return backward(ctx, grad)
 
-    monkeypatch.setattr(ExpertBank, "weight", count_weight)
+    monkeypatch.setattr(ExpertBank, "decode", count_decoding)
     monkeypatch.setattr(WidenedLinear, "backward", staticmethod(count_backward))
     with torch.no_grad():
         below = model.run_layers(BATCH, 0, start)

@@ -47,8 +47,6 @@ def test_nan_has_no_rank() -> None:
         top_k_indices(scores, 1)
     with pytest.raises(AssertionError, match="NaN"):
         RunningTopK(2).update(scores, 0)
-    with pytest.raises(AssertionError, match=">= 0"):
-        RunningTopK(2).update(torch.tensor([-1.0]), 0)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 10**6])
@@ -99,7 +97,7 @@ def test_held_candidates_stay_bounded() -> None:
     stream = RunningTopK(10)
     for start in range(0, 10_000, 100):
         stream.update(torch.full((100,), 1.0), start)
-        assert sum(len(indices) for indices, _ in stream._held) <= 20
+        assert sum(len(indices) for indices, _ in stream._held.values()) <= 20
     assert stream.indices().tolist() == list(range(10))
 
 

@@ -123,6 +123,18 @@ class Checkpoint:
         pieces = self.sources[target].pieces
         return self.plan.assemble(target, pieces, (self.tensor(piece.key) for piece in pieces))
 
+    def mapped(self, target: str) -> Tensor | None:
+        """A whole parameter as a view of the checkpoint's file, not to be written to (`TensorFile.map`); None where it
+        is not stored as it is used."""
+        source = self.sources[target]
+        if source.converter is not None or len(source.keys) != 1:
+            return None
+        key = source.keys[0][0]
+        entry = self.entry(key) if self.format(key) == "plain" else None
+        if entry is None or entry.start % self.dtype(target).itemsize:
+            return None
+        return self.raw.of(key).map(key)
+
     def read_expert(self, target: str, e: int) -> Tensor:
         """Expert e of a fused parameter [E, a, b], as [a, b]; nothing else of it is read."""
         pieces = self.plan.expert_pieces(target, e)

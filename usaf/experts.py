@@ -1,231 +1,24 @@
-"""The experts of one layer: a frozen 4-bit base with sparse trainable deltas, and the forward handed to transformers.
+"""The experts of one layer: the forward handed to transformers, and its plain version for every device and type.
 
-    W_effective = dequantize(base) + delta            delta is zero outside the active indices
-
-The gradient of W at the active indices *is* the gradient of delta, so no straight-through estimator is needed, and a
-dropped weight is at its base value because nothing else is stored. Tokens are sorted by expert and every expert
-computes its own tokens only; its weights are decoded for one product at a time and decoded again in the backward, so
-at most one expert is ever dense. Weight gradients are computed at the active indices alone (`kernels.sampled`).
+Tokens are sorted by expert and every expert computes its own tokens only; its weights are decoded for one product at a
+time and decoded again in the backward, so at most one expert is ever dense. Weight gradients are computed at the active
+indices alone. On the CPU in fp32 `fused_experts` computes the same, an expert at a time on every core.
 
 Shape legend: T tokens, K experts a token (top_k), P = T * K token-expert pairs, E experts, H hidden, I intermediate.
-
-What is left out: training the biases of experts (frozen, as everything but deltas and routers).
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from usaf.kernels.sampled import sampled_gradient
-from usaf.quantization import QuantizedTensor, dequantize
+from usaf.expert_bank import ExpertBank, PairGradients, Routing
+from usaf.fused_experts import ExpertLayer, fused_experts, runs_fused
+from usaf.quantization import QuantizedTensor
 
 EXPERTS_IMPLEMENTATION = "usaf"
 INDEX_ADD_DEVICES = ("cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Token-expert pairs sorted by expert; ids that name no expert (>= E, a masked slot) are left out."""
-
-    token_P: Tensor  # int64: the token of each pair
-    slot_P: Tensor  # int64: its place in the flattened [T * K] routing weights
-    starts: list[int]  # E + 1 entries: pairs starts[e]..starts[e + 1] belong to expert e
-
-    @classmethod
-    def of(cls, expert_ids_TK: Tensor, num_experts: int) -> Routing:
-        ids = expert_ids_TK.reshape(-1)
-        slot = torch.sort(ids, stable=True).indices
-        # A comparison and a sum where bincount would do: bincount falls back to the host on DirectML.
-        experts = torch.arange(num_experts, device=ids.device, dtype=ids.dtype)
-        counts = (ids.unsqueeze(1) == experts).sum(0).tolist()
-        starts = [0]
-        for count in counts:
-            starts.append(starts[-1] + count)
-        slot = slot[: starts[-1]]
-        return cls(torch.div(slot, expert_ids_TK.shape[1], rounding_mode="floor"), slot, starts)
-
-    def by_pair(self) -> Routing:
-        """The same pairs for inputs that are kept by pair ([P, in]) instead of by token."""
-        return Routing(torch.arange(len(self.token_P), device=self.token_P.device), self.slot_P, self.starts)
-
-    def used(self) -> Iterator[tuple[int, int, int]]:
-        """(expert, first pair, end of pairs) for every expert that got a token."""
-        for e in range(len(self.starts) - 1):
-            if self.starts[e] < self.starts[e + 1]:
-                yield e, self.starts[e], self.starts[e + 1]
-
-
-@dataclass(frozen=True)
-class PairGradients:
-    """What the weight gradients of one projection need, from one backward: dW[e] = dY_e^T X_e, formed only on demand.
-
-    Inputs or output gradients that are shared by the K pairs of a token are kept by token.
-    """
-
-    inputs: Tensor  # [T, in] with input_token, else [P, in]
-    input_token: Tensor | None
-    grad_outputs: Tensor  # [T, out] with output_token, else [P, out]
-    output_token: Tensor | None
-    output_scale: Tensor | None  # [P]: the routing weights, where grad_outputs are shared by token
-    starts: list[int]
-    scale: float = 1.0  # of the gradient as a whole, where its step was clipped
-
-    def expert(self, e: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(dY_e [n, out], X_e [n, in]) of the n pairs of expert e."""
-        pairs = slice(self.starts[e], self.starts[e + 1])
-        x = self.inputs[pairs] if self.input_token is None else self.inputs.index_select(0, self.input_token[pairs])
-        if self.output_token is None:
-            dy = self.grad_outputs[pairs]
-        else:
-            dy = self.grad_outputs.index_select(0, self.output_token[pairs])
-        if self.output_scale is not None:
-            dy = dy * self.output_scale[pairs].unsqueeze(1)
-        if self.scale != 1.0:
-            dy = dy * self.scale
-        return dy.to(dtype), x.to(dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, for a checkpoint; `starts` included."""
-        named = {
-            "inputs": self.inputs, "input_token": self.input_token, "grad_outputs": self.grad_outputs,
-            "output_token": self.output_token, "output_scale": self.output_scale,
-            "starts": torch.tensor(self.starts, dtype=torch.int64),
-        }  # fmt: skip
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, named: dict[str, Tensor]) -> PairGradients:
-        return cls(
-            named["inputs"], named.get("input_token"), named["grad_outputs"], named.get("output_token"),
-            named.get("output_scale"), named["starts"].tolist(),
-        )  # fmt: skip
-
-
-class ExpertBank(nn.Module):
-    """One projection (up or down) of all experts of a layer.
-
-    `active` are the flat indices e * out * in + r * in + c of the trained weights, sorted; `delta` their trained values
-    in fp32, in the same order. `resident` may hold the base decoded to the 16 bits that define it (to fp32 where those
-    are bfloat16 and the device has none): decoding rounds to the same bits, so both ways give the same weights to the
-    bit. While `captured` is a list, every backward appends what the weight gradients need.
-    """
-
-    delta: nn.Parameter
-
-    def __init__(self, base: QuantizedTensor) -> None:
-        super().__init__()
-        self.base = base
-        self.num_experts, self.out_features, self.in_features = base.shape
-        self.resident: Tensor | None = None
-        self.captured: list[PairGradients] | None = None
-        self.set_active(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.packed.device
-
-    @property
-    def expert_size(self) -> int:
-        return self.out_features * self.in_features
-
-    @property
-    def numel(self) -> int:
-        return self.num_experts * self.expert_size
-
-    def move(self, device: torch.device) -> None:
-        """The base (and the resident copy) to `device`; frozen layers are moved there only while they run."""
-        self.base = self.base.to(device)
-        if self.resident is not None:
-            self.resident = self.resident.to(device, self.base.resident_dtype())
-
-    def set_active(self, active: Tensor, delta: Tensor) -> None:
-        """Replace the trained set. active: int64 [n] sorted flat indices; delta: fp32 [n] (trainable if n or not).
-
-        Kept are 8 bytes a weight of places, not the 32 of flat index, index in the expert, row and column: at full size
-        they are 24 million.
-        """
-        assert active.shape == delta.shape
-        if len(active) == 0:  # every frozen layer's bank: no tables
-            self.expert_starts: list[int] = [0] * (self.num_experts + 1)
-            self.rows = self.columns = self.row_starts = torch.zeros(0, dtype=torch.int32, device=self.device)
-            self.delta = nn.Parameter(delta.to(self.device, torch.float32))
-            return
-        active = active.cpu()
-        bounds = torch.arange(self.num_experts + 1, dtype=torch.int64) * self.expert_size
-        self.expert_starts = torch.searchsorted(active, bounds).tolist()
-        within = active % self.expert_size
-        per_row = torch.div(active, self.in_features, rounding_mode="floor")
-        starts = torch.searchsorted(per_row, torch.arange(self.num_experts * self.out_features + 1))
-        e_first = torch.tensor(self.expert_starts[:-1], dtype=torch.int64).unsqueeze(1)
-        shared = torch.arange(self.num_experts).unsqueeze(1) * self.out_features + torch.arange(self.out_features + 1)
-        rows = torch.div(within, self.in_features, rounding_mode="floor")
-        self.rows = rows.to(torch.int32).to(self.device)
-        self.columns = (within % self.in_features).to(torch.int32).to(self.device)
-        self.row_starts = (starts[shared] - e_first).to(torch.int32).to(self.device)  # [E, out + 1], CSR per expert
-        self.delta = nn.Parameter(delta.to(self.device, torch.float32))
-
-    @property
-    def active(self) -> Tensor:
-        """int64 [n]: the sorted flat indices, on the bank's device."""
-        spans = enumerate(itertools.pairwise(self.expert_starts))
-        first_index = [torch.full((end - first,), e * self.expert_size) for e, (first, end) in spans]
-        return self._within(slice(None)) + torch.cat(first_index).to(self.device)
-
-    def _within(self, part: slice) -> Tensor:
-        """int64: places in the experts' own flattened [out, in]."""
-        return self.rows[part].to(torch.int64) * self.in_features + self.columns[part]
-
-    def base_weight(self, e: int, dtype: torch.dtype) -> Tensor:
-        """[out, in] of expert e as stored, without delta."""
-        if self.resident is not None:
-            return self.resident[e].to(dtype)
-        return dequantize(self.base.expert(e), dtype)[0]
-
-    def weight(self, e: int, dtype: torch.dtype, delta: Tensor | None = None) -> Tensor:
-        """[out, in] of expert e: base + delta, summed in fp32 (float64 for float64) and rounded once to `dtype`."""
-        first, end = self.expert_starts[e], self.expert_starts[e + 1]
-        if first == end:
-            return self.base_weight(e, dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight = self.base_weight(e, wide)
-        if self.resident is not None and self.resident.dtype == wide:
-            weight = weight.clone()  # all others are fresh already
-        values = (self.delta if delta is None else delta).detach()[first:end]
-        weight.view(-1).scatter_add_(0, self._within(slice(first, end)), values.to(wide))
-        return weight.to(dtype)
-
-    @torch.no_grad()
-    def lost_to_rounding(self, dtype: torch.dtype) -> tuple[int, int]:
-        """(moved weights whose delta vanishes when base + delta is rounded to `dtype`, moved weights)."""
-        lost = moved = 0
-        for e in range(self.num_experts):
-            part = slice(self.expert_starts[e], self.expert_starts[e + 1])
-            delta = self.delta[part]
-            base = self.base_weight(e, torch.float32).view(-1).gather(0, self._within(part))
-            unchanged = (base + delta).to(dtype) == base.to(dtype)
-            moved += int((delta != 0).sum())
-            lost += int((unchanged & (delta != 0)).sum())
-        return lost, moved
-
-    def sampled(self, e: int, grad_output: Tensor, inputs: Tensor) -> Tensor:
-        """The gradient of expert e's deltas from its tokens: [n_e]."""
-        part = slice(self.expert_starts[e], self.expert_starts[e + 1])
-        return sampled_gradient(grad_output, inputs, self.rows[part], self.columns[part], self.row_starts[e])
-
-    def delta_gradient(self, pairs: PairGradients, dtype: torch.dtype) -> Tensor:
-        """The gradient of all deltas from one backward's pairs: fp32 [n]; experts without tokens get zeros."""
-        gradient = torch.zeros_like(self.delta)
-        for e in range(self.num_experts):
-            first, end = self.expert_starts[e], self.expert_starts[e + 1]
-            if first < end and pairs.starts[e] < pairs.starts[e + 1]:
-                gradient[first:end] = self.sampled(e, *pairs.expert(e, dtype)).to(gradient.dtype)
-        return gradient
 
 
 def add_rows(target: Tensor, rows: Tensor, source: Tensor) -> None:
@@ -255,7 +48,7 @@ class GroupedLinear(torch.autograd.Function):
         x, delta = ctx.saved_tensors
         bank, routing = ctx.bank, ctx.routing
         grad_y = grad_y.contiguous()
-        pairs = PairGradients(x, routing.token_P, grad_y, None, None, routing.starts)
+        pairs = PairGradients(x.detach(), routing.token_P, grad_y, None, None, routing.starts)
         if bank.captured is not None:
             bank.captured.append(pairs)
         grad_x = None
@@ -294,7 +87,7 @@ class GroupedLinearCombine(torch.autograd.Function):
         a, g, delta = ctx.saved_tensors
         bank, routing, bias = ctx.bank, ctx.routing, ctx.bias
         grad_out = grad_out.contiguous()
-        pairs = PairGradients(a, None, grad_out, routing.token_P, g, routing.starts)
+        pairs = PairGradients(a.detach(), None, grad_out, routing.token_P, g.detach(), routing.starts)
         if bank.captured is not None:
             bank.captured.append(pairs)
         grad_a, grad_g = [], []
@@ -324,12 +117,16 @@ def experts_forward(self: nn.Module, hidden_TH: Tensor, expert_ids_TK: Tensor, r
     up: ExpertBank = self.up_bank  # type: ignore[assignment]
     down: ExpertBank = self.down_bank  # type: ignore[assignment]
     routing = Routing.of(expert_ids_TK, up.num_experts)
-    up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
-    h = GroupedLinear.apply(hidden_TH, up.delta, up_bias, up, routing)
-    a = self._apply_gate(h) if self.has_gate else self.act_fn(h)  # type: ignore[operator]
     g = routing_weights_TK.reshape(-1).gather(0, routing.slot_P)
+    up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
     bias = self.down_proj_bias if self.has_bias else None
-    if not getattr(self, "has_post_expert_norm", False):  # transformers 5.13 does not know the attribute
+    activate = self._apply_gate if self.has_gate else self.act_fn
+    has_post_norm = getattr(self, "has_post_expert_norm", False)  # transformers 5.13 does not know the attribute
+    if not has_post_norm and runs_fused(hidden_TH, up, down):
+        return fused_experts(hidden_TH, g, ExpertLayer(up, down, up_bias, bias, activate), routing)  # type: ignore[arg-type]
+    h = GroupedLinear.apply(hidden_TH, up.delta, up_bias, up, routing)
+    a = activate(h)  # type: ignore[operator]
+    if not has_post_norm:
         return GroupedLinearCombine.apply(a, g, down.delta, bias, hidden_TH.shape[0], down, routing)
     # The norm stands between product and routing weight, so this family keeps its products for the backward.
     y = self.post_expert_norm(GroupedLinear.apply(a, down.delta, bias, down, routing.by_pair()))  # type: ignore[operator]

@@ -2,7 +2,7 @@
 
 Deferred weight gradients, layer-major. Forward: every trainable layer's input is kept for all samples. Backward, from
 the top layer down: all samples go through one layer, and for each token-expert pair only what its weight gradients need
-is kept (`experts.PairGradients`). Then one expert at a time gets its exact dense gradient over all samples,
+is kept (`expert_bank.PairGradients`). Then one expert at a time gets its exact dense gradient over all samples,
 
     dL/dW[e] = sum over its pairs of dY^T X,
 
@@ -22,16 +22,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from usaf.data import Batch, Rows
-from usaf.experts import ExpertBank, PairGradients
+from usaf.expert_bank import ExpertBank, PairGradients
+from usaf.fused_experts import FusedExperts
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import MoeLayer, SparseModel
 from usaf.prefix import BoundaryStates
 from usaf.selection import RunningTopK, overlap
+from usaf.workers import number_of_workers, run_shares, shares
 
 Progress = Callable[[int], None]
 """Called after each unit of work (a chunk through a layer, or the scoring of a layer)."""
@@ -74,14 +77,20 @@ def find_important(
     chunks = sample_chunks(samples, chunk_rows)
     batches = [rows.batch(chunk) for chunk in chunks]
     entering = [_on_host(states.hidden(chunk)) for chunk in chunks]
-    inputs = _forward(model, batches, entering, states.start, progress)
-    gradients = _head_gradients(model, batches, inputs.pop(), head_chunk_tokens)
+    segments = model.handover.segments(states.start, model.num_layers)
+    inputs = _forward(model, batches, entering, segments[:-1], progress)
+    gradients: list[Tensor] = []  # of the loss, at what leaves the segment, by chunk
+    head = _Head(model, head_chunk_tokens, 1.0 / max(1, sum(count_targets(batch) for batch in batches)))
     active: dict[str, Tensor] = {}
     overlaps: list[float] = []
-    for segment in reversed(model.handover.segments(states.start, model.num_layers)):
+    unused: dict[type, bool] = {}
+    for segment in reversed(segments):
         moes = [moe for moe in model.moe if moe.layer in range(*segment)]
         needs_input_gradient = segment[0] > states.start
-        captured = _backward(model, batches, segment, moes, inputs.pop(), gradients, needs_input_gradient, progress)
+        above = None if gradients else head
+        captured = _backward(
+            model, batches, segment, moes, inputs.pop(), gradients, above, needs_input_gradient, unused, progress
+        )  # fmt: skip
         for moe in moes:
             for name, bank in zip(moe.names, moe.banks, strict=True):
                 pairs = captured.pop(0)
@@ -98,11 +107,12 @@ def _on_host(hidden: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def _forward(
-    model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], start: int, progress: Progress
-) -> list[list[Tensor | None]]:
-    """inputs[i][c]: what enters segment i in chunk c, on the host; one more entry, what enters the final norm."""
+    model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], segments: list[tuple[int, int]],
+    progress: Progress,
+) -> list[list[Tensor | None]]:  # fmt: skip
+    """inputs[i][c]: what enters segment i in chunk c, on the host; one more entry, what leaves the last of them."""
     inputs: list[list[Tensor | None]] = [hidden]
-    for first, end in model.handover.segments(start, model.num_layers):
+    for first, end in segments:
         outputs: list[Tensor | None] = []
         for batch, h in zip(batches, inputs[-1], strict=True):
             h = None if h is None else h.to(model.backend.device)
@@ -112,36 +122,44 @@ def _forward(
     return inputs
 
 
-def _head_gradients(
-    model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], head_chunk_tokens: int
-) -> list[Tensor]:
-    """The gradient of the mean loss over all samples, at what enters the final norm: [B, S, H] a chunk, on the host."""
-    scale = 1.0 / max(1, sum(count_targets(batch) for batch in batches))
-    gradients = []
-    for batch, h in zip(batches, hidden, strict=True):
-        assert h is not None
-        h = h.to(model.backend.device).requires_grad_()
-        normed = model.run_layers(batch, model.num_layers, model.num_layers, h)
-        _, gradient = loss_and_gradient(model, normed, batch, head_chunk_tokens, scale)
-        gradients.append(torch.autograd.grad(normed, h, gradient)[0].cpu())
-    return gradients
+@dataclass(frozen=True)
+class _Head:
+    """Final norm, head and loss. scale: 1 / the targets of all samples, for the gradient of the mean loss."""
+
+    model: SparseModel
+    chunk_tokens: int
+    scale: float
+
+    def gradient(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """The gradient of the mean loss over all samples at what enters the final norm: [B, S, H]."""
+        h = hidden.detach().requires_grad_()
+        normed = self.model.run_layers(batch, self.model.num_layers, self.model.num_layers, h)
+        _, gradient = loss_and_gradient(self.model, normed, batch, self.chunk_tokens, self.scale)
+        return torch.autograd.grad(normed, h, gradient)[0]
 
 
 def _backward(
     model: SparseModel, batches: list[Batch], segment: tuple[int, int], moes: list[MoeLayer],
-    inputs: list[Tensor | None], gradients: list[Tensor], needs_input_gradient: bool, progress: Progress,
+    inputs: list[Tensor | None], gradients: list[Tensor], head: _Head | None, needs_input_gradient: bool,
+    unused: dict[type, bool], progress: Progress,
 ) -> list[list[PairGradients]]:  # fmt: skip
     """All chunks through one segment's backward: in nearly every family, one layer's. `gradients` [c] goes in as its
-    output gradient and comes out as its input gradient; `inputs` is emptied. Returns, for each bank, what its weight
-    gradients need, one entry a chunk.
+    output gradient, unless `head` gives that, and comes out as its input gradient; `inputs` is emptied. Returns, for
+    each bank, what its weight gradients need, one entry a chunk.
+
+    With `head` this is the top segment, whose forward has not run before. Elsewhere it has, and only gradients are
+    wanted of this one: `unused` remembers for which classes of layers those do not depend on the experts' outputs.
     """
     first, end = segment
+    layer_class = type(model.layers[first])
     banks = [bank for moe in moes for bank in moe.banks]
     for bank in banks:
         bank.captured = []
         bank.delta.requires_grad_(True)  # still empty, but it makes autograd come by
     deltas = [bank.delta for bank in banks]
     for c, batch in enumerate(batches):
+        for moe in moes:
+            moe.banks[1].output_unused = head is None and unused.get(layer_class, False)
         h = inputs[c]
         inputs[c] = None
         if h is not None:
@@ -149,15 +167,46 @@ def _backward(
         if needs_input_gradient or deltas:
             wanted = [h, *deltas] if needs_input_gradient and h is not None else deltas  # and nothing of the routers'
             out = model.run_layers(batch, first, end, h, norm=False)
-            torch.autograd.backward(out, gradients[c].to(out.device), inputs=wanted)
+            above = gradients[c].to(out.device) if head is None else head.gradient(batch, out)
+            if layer_class not in unused:
+                unused[layer_class] = experts_are_only_added(out)
+            torch.autograd.backward(out, above, inputs=wanted)
+            del out, above  # the chunk's graph is gone before the next one's is made
         if h is not None and h.grad is not None:
-            gradients[c] = h.grad.cpu()
-        progress(end - first)
+            gradients[c : c + 1] = [h.grad.cpu()]  # head: one more
+        progress((end - first) * (1 if head is None else 2))
     captured = [bank.captured or [] for bank in banks]
     for bank in banks:
-        bank.captured = None
+        bank.captured, bank.output_unused = None, False
         bank.delta.grad = None
     return captured
+
+
+VALUES_UNUSED = {
+    "AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0",
+    "AliasBackward0", "CloneBackward0",
+}  # fmt: skip
+"""Operators whose gradient does not depend on the values that they were given."""
+
+
+def experts_are_only_added(out: Tensor) -> bool:
+    """Whether on every way from the experts' outputs to `out` they are but added, viewed or cast: then no gradient
+    depends on their values. A norm behind the experts, or a gate, makes it False."""
+    reaches: dict[Any, bool] = {}  # a node of autograd's graph -> whether experts lie below it
+    waiting = [out.grad_fn]
+    while waiting:  # depth first: a node is judged when all that it leads to have been
+        node = waiting[-1]
+        below = [n for n, _ in node.next_functions if n is not None] if node is not None else []
+        unseen = [n for n in below if n not in reaches]
+        if unseen and node not in reaches:
+            waiting += unseen
+            continue
+        waiting.pop()
+        if node is not None and node not in reaches:
+            reaches[node] = node.name() == FusedExperts.__name__ + "Backward" or any(reaches[n] for n in below)
+    carriers = [node for node, found in reaches.items() if found]
+    ways = [node.name() for node in carriers if node.name() != FusedExperts.__name__ + "Backward"]
+    return bool(carriers) and all(name in VALUES_UNUSED for name in ways)
 
 
 def _expert_pairs(pairs: Sequence[PairGradients], e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
@@ -178,28 +227,44 @@ def expert_gradient(
     return found[0].t() @ found[1]
 
 
-@torch.no_grad()
 def score_bank(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """(the k best flat indices, the k best by the even and by the odd entries alone); int64, sorted.
 
-    `pairs`: one entry for each backward. One expert at a time is dense.
+    `pairs`: one entry for each backward. One expert at a time is dense on each core.
     """
     whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
-    for e in range(bank.num_experts):
+
+    def score(e: int) -> None:
         first = e * bank.expert_size
         gradient_even = expert_gradient(bank, pairs[0::2], e)
         gradient_odd = expert_gradient(bank, pairs[1::2], e)
-        even.update(gradient_even.abs().reshape(-1), first)
-        odd.update(gradient_odd.abs().reshape(-1), first)
-        whole.update(gradient_even.add_(gradient_odd).abs_().reshape(-1), first)
+        even.update(gradient_even.reshape(-1), first)
+        odd.update(gradient_odd.reshape(-1), first)
+        whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
+
+    _for_each_expert(bank, pairs, score)
     return whole.indices(), (even.indices(), odd.indices())
 
 
-@torch.no_grad()
 def grow_candidates(bank: ExpertBank, pairs: Sequence[PairGradients], kept: Tensor, count: int) -> Tensor:
     """The `count` flat indices outside `kept` (sorted) with the largest gradient over the captured backwards."""
     best = RunningTopK(count)
-    for e in range(bank.num_experts):
-        gradient = expert_gradient(bank, pairs, e)
-        best.update(gradient.abs_().reshape(-1), e * bank.expert_size, exclude=kept)
+
+    def offer(e: int) -> None:
+        best.update(expert_gradient(bank, pairs, e).reshape(-1), e * bank.expert_size, exclude=kept)
+
+    _for_each_expert(bank, pairs, offer)
     return best.indices()
+
+
+def _for_each_expert(bank: ExpertBank, pairs: Sequence[PairGradients], work: Callable[[int], None]) -> None:
+    """`work(e)` for every expert, on the CPU by several threads (`workers`)."""
+    tokens = [sum(p.starts[e + 1] - p.starts[e] for p in pairs) for e in range(bank.num_experts)]
+    workers = number_of_workers(sum(tokens) * bank.expert_size) if bank.device.type == "cpu" else 1
+
+    @torch.no_grad()
+    def share(experts: list[int]) -> None:
+        for e in experts:
+            work(e)
+
+    run_shares(share, shares([1 + n for n in tokens], workers))

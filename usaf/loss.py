@@ -1,7 +1,8 @@
 """The language-model loss in chunks of tokens: logits of a 151,936-wide vocabulary are never held for a whole batch.
 
 The head is frozen, so each chunk's logits, loss and input gradient are formed at once and only the gradient is kept.
-Positions without a target (padding, prompts, the last of a document) never reach the head.
+Positions without a target (padding, prompts, the last of a document) never reach the head. Where it is a plain linear
+layer on the CPU, `fused_head` computes the same without autograd.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from usaf import fused_head
 from usaf.data import NO_TARGET, Batch, batch_loss_targets
+from usaf.linear import FrozenLinear
 from usaf.model import SparseModel
 
 
@@ -40,8 +43,17 @@ def loss_sum(model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int
     """(summed negative log-likelihood, targets) of a batch. hidden: [B, S, H] after the final norm."""
     device, flat = hidden.device, hidden.reshape(-1, hidden.shape[-1])
     chunks = _chunks(batch, chunk_tokens)
-    sums = [float(_chunk_loss(model, flat.index_select(0, p.to(device)), t.to(device))) for p, t in chunks]
+    head = fused(model, hidden)
+    sums = []
+    for p, t in chunks:
+        chunk, t = flat.index_select(0, p.to(device)), t.to(device)
+        sums.append(float(_chunk_loss(model, chunk, t)) if head is None else fused_head.loss_sum(head, chunk, t))
     return math.fsum(sums), sum(len(targets) for _, targets in chunks)
+
+
+def fused(model: SparseModel, hidden: Tensor) -> FrozenLinear | None:
+    """The head, where its loss has a version of its own for this hidden state."""
+    return model.plain_head if fused_head.runs_fused(hidden) else None
 
 
 def loss_and_gradient(
@@ -60,12 +72,23 @@ def loss_and_gradient(
     device, width = hidden.device, hidden.shape[-1]
     flat = hidden.detach().reshape(-1, width)
     gradient = torch.zeros_like(flat)
+    head = fused(model, hidden)
     sums = []
     for p, t in _chunks(batch, chunk_tokens):
-        p = p.to(device)
-        chunk = flat.index_select(0, p).requires_grad_()
-        loss = _chunk_loss(model, chunk, t.to(device))
-        (chunk_gradient,) = torch.autograd.grad(loss, chunk)
-        sums.append(float(loss.detach()))
+        p, t = p.to(device), t.to(device)
+        chunk = flat.index_select(0, p)
+        if head is not None:
+            loss, chunk_gradient = fused_head.loss_and_gradient(head, chunk, t)
+        else:
+            loss, chunk_gradient = _loss_and_gradient(model, chunk, t)
+        sums.append(loss)
         gradient.scatter_(0, p.unsqueeze(1).expand(-1, width), chunk_gradient * scale)
     return math.fsum(sums), gradient.view_as(hidden)
+
+
+def _loss_and_gradient(model: SparseModel, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    """As `loss_and_gradient`, of one chunk and unscaled."""
+    hidden = hidden.requires_grad_()
+    loss = _chunk_loss(model, hidden, targets)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    return float(loss.detach()), gradient

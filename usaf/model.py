@@ -27,8 +27,9 @@ from usaf.checkpoint import Checkpoint
 from usaf.data import Batch
 from usaf.devices import Backend
 from usaf.errors import UserError
+from usaf.expert_bank import ExpertBank
 from usaf.expert_store import ExpertStore
-from usaf.experts import ExpertBank, attach_banks, is_experts_module, projection_names
+from usaf.experts import attach_banks, is_experts_module, projection_names
 from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
 from usaf.skeleton import HandedOn, Handover, Path, Product, find_decoder, get, put
@@ -200,6 +201,27 @@ class SparseModel:
         made = {where: tensor for (of, where), tensor in by_place.items() if of == layer}
         return _filled(self.handover.returns[layer], made, some)
 
+    @functools.cached_property
+    def plain_head(self) -> FrozenLinear | None:
+        """The output layer, where the logits are exactly what it returns: neither scaled nor capped. Found by one token
+        that goes through the head, by what enters the layer and whether its output is what comes out."""
+        layer = self.model.get_output_embeddings()
+        if not isinstance(layer, FrozenLinear):
+            return None
+        seen: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda _, args, out: seen.extend((args[0].clone(), out.clone())))
+        hidden = (
+            torch.linspace(-1, 1, layer.in_features).to(self.backend.device, self.backend.compute_dtype).unsqueeze(0)
+        )
+        try:
+            with torch.no_grad():
+                logits = self.logits(hidden)
+        finally:
+            hook.remove()
+        passed = [hidden.reshape(-1), logits.reshape(-1)]
+        plain = len(seen) == 2 and all(torch.equal(a.reshape(-1), b) for a, b in zip(seen, passed, strict=True))
+        return layer if plain else None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, H] after the final norm -> [n, vocabulary], by the model's own head (its scalings and caps included)."""
 
@@ -358,8 +380,9 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
     """Give every parameter and buffer that is still on meta its value; returns the sha256 of what the checkpoint holds.
 
     Weights of plain linear and embedding layers stay in the checkpoint's type where the device can hold it (see
-    `Backend.held`); routers are fp32 masters (float64 where the model computes in float64), as are buffers beside
-    experts, among them correction biases; all others, small, are in the compute type.
+    `Backend.held`), and on the host they are views of its files: the system's cache holds them, not the process.
+    Routers are fp32 masters (float64 where the model computes in float64), as are buffers beside experts, among them
+    correction biases; all others, small, are in the compute type.
     """
     experts = {name: module for name, module in model.named_modules() if hasattr(module, "up_bank")}
     routers = {router_path(model, name, module) for name, module in experts.items()}
@@ -369,7 +392,8 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
     assert not checkpoint.missing(wanted), "the checkpoint's headers were checked when it was opened"
     hashes = {}
     for name in sorted(wanted & set(checkpoint.sources)):
-        value = checkpoint.read(name)
+        value = checkpoint.mapped(name) if stays_as_stored(model, name, places) else None
+        value = checkpoint.read(name) if value is None else value
         assert value.shape == shapes[name], name
         hashes[name] = hashlib.sha256(tensor_bytes(value)).hexdigest()
         set_dense(model, name, value, places, backend)
@@ -400,9 +424,7 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, places: Places, 
         beside_experts = attribute in owner._buffers and any(name.startswith(f"{b}.") for b in places.blocks)
         if beside_experts or keeps_fp32(model, name, places.routers):
             value = value.to(master_dtype(backend))
-        elif (type(owner) in (nn.Linear, nn.Embedding) and owner_name in places.called) or (
-            hasattr(owner, "in_stored_type")
-        ):
+        elif is_held(owner, owner_name, places):
             value = backend.held(value)
         else:
             value = value.to(backend.compute_dtype)
@@ -412,6 +434,20 @@ def set_dense(model: PreTrainedModel, name: str, value: Tensor, places: Places, 
         owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[attribute] = value
+
+
+def is_held(owner: nn.Module, owner_name: str, places: Places) -> bool:
+    """Whether the weights of this module are kept in the checkpoint's type and widened when they are used."""
+    return (type(owner) in (nn.Linear, nn.Embedding) and owner_name in places.called) or (
+        hasattr(owner, "in_stored_type")
+    )
+
+
+def stays_as_stored(model: PreTrainedModel, name: str, places: Places) -> bool:
+    """Whether a tensor of the checkpoint is used as it is and never written to."""
+    owner_name = name.rpartition(".")[0]
+    held = is_held(model.get_submodule(owner_name), owner_name, places)
+    return held and not keeps_fp32(model, name, places.routers)
 
 
 def master_dtype(backend: Backend) -> torch.dtype:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from usaf.budget import Work
-from usaf.experts import ExpertBank, PairGradients, attach_banks, experts_forward, is_experts_module
+from usaf.expert_bank import ExpertBank, PairGradients
+from usaf.experts import attach_banks, experts_forward, is_experts_module
 from usaf.importance import active_count, grow_candidates, score_bank
 from usaf.linear import FrozenLinear
 from usaf.model_shape import Experts, LayerShape, ModelShape

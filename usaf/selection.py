@@ -17,10 +17,13 @@ Left out: growing at random (SET), budgets that move between tensors, ordering b
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from usaf.kernels.scan import at_least
 
 
 def top_k_indices(scores: Tensor, k: int) -> Tensor:
@@ -43,65 +46,94 @@ def smallest_k_positions(values: Tensor, k: int) -> Tensor:
 
 
 class RunningTopK:
-    """The k best of a stream of dense score blocks, exactly; memory O(k + block).
+    """The k best of a stream of dense blocks of values, by their size, exactly; memory O(k + block).
 
-    Blocks may come in any order but must not overlap. With fewer than k candidates in all, every one is kept.
+    Blocks may come in any order, from several threads at once, but must not overlap. With fewer than k candidates in
+    all, every one is kept.
     """
 
     def __init__(self, k: int) -> None:
         assert k >= 0, k
         self._k = k
         self._threshold = 0.0  # no score below it can be among the k best any more
-        self._held: list[tuple[Tensor, Tensor]] = []  # (indices, scores): the best so far, then what came since
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # first index of a block -> (indices, scores)
         self._held_count = 0
+        self._lock = threading.Lock()
 
-    def update(self, scores: Tensor, first_index: int, exclude: Tensor | None = None) -> None:
-        """Offer `scores` (float32 `[n]`, >= 0) of the flat indices first_index .. first_index + n - 1.
+    def update(self, values: Tensor, first_index: int, exclude: Tensor | None = None) -> None:
+        """Offer |values| (float32 `[n]`) of the flat indices first_index .. first_index + n - 1.
 
         `exclude`: sorted int64 flat indices, of the whole tensor, that are no candidates.
         """
-        assert scores.dim() == 1, scores.shape
-        assert scores.dtype == torch.float32, scores.dtype
-        if self._k == 0 or len(scores) == 0:
+        assert values.dim() == 1, values.shape
+        assert values.dtype == torch.float32, values.dtype
+        if self._k == 0 or len(values) == 0:
             return
-        assert bool(scores.min() >= 0), "scores must be >= 0 and not NaN"
-        candidates = scores >= self._threshold
-        if exclude is not None:
-            begin, end = _span(exclude, first_index, first_index + len(scores))
-            candidates[(exclude[begin:end] - first_index).to(scores.device)] = False
-        positions = candidates.nonzero().flatten()
-        if len(positions) == 0:
+        # Another thread may raise the threshold meanwhile: then some candidates too many are held until then.
+        positions, scores = at_least(values, self._threshold)
+        assert not bool(torch.isnan(scores).any()), "a NaN has no rank"
+        indices = positions + first_index
+        if exclude is not None and len(indices):
+            outside = ~_among(indices, exclude, first_index, first_index + len(values))
+            indices, scores = indices[outside], scores[outside]
+        if len(indices) == 0:
             return
-        self._held.append((positions + first_index, scores[positions]))
-        self._held_count += len(positions)
-        # Compressing only when k candidates have gathered keeps the cost per block independent of k.
-        if self._held_count > 2 * self._k:
-            self._compress()
+        with self._lock:
+            self._held[first_index] = (indices, scores)
+            self._held_count += len(indices)
+            # Compressing only when k candidates have gathered keeps the cost per block independent of k.
+            if self._held_count > 2 * self._k:
+                self._compress()
 
     def indices(self) -> Tensor:
         """The chosen flat indices, int64 sorted ascending."""
-        self._compress()
-        return self._held[0][0] if self._held else torch.empty(0, dtype=torch.int64)
+        return self._compressed()[0]
 
     def scores(self) -> Tensor:
         """Their scores, float32, in the order of `indices()`."""
-        self._compress()
-        return self._held[0][1] if self._held else torch.empty(0, dtype=torch.float32)
+        return self._compressed()[1]
+
+    def _compressed(self) -> tuple[Tensor, Tensor]:
+        with self._lock:
+            self._compress()
+            blocks = [self._held[first] for first in sorted(self._held)]
+        if not blocks:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float32)
+        return torch.cat([indices for indices, _ in blocks]), torch.cat([scores for _, scores in blocks])
 
     def _compress(self) -> None:
-        if not self._held:
+        if self._held_count <= self._k:
             return
-        indices = torch.cat([held_indices for held_indices, _ in self._held])
-        scores = torch.cat([held_scores for _, held_scores in self._held])
-        if not bool((indices[1:] > indices[:-1]).all()):  # blocks mostly come in order, and sorting is the dear part
-            indices, order = torch.sort(indices)
-            scores = scores[order]
-        if len(indices) > self._k:
-            best = top_k_indices(scores, self._k)
-            indices, scores = indices[best], scores[best]
-        if len(indices) == self._k:
-            self._threshold = float(scores.min())
-        self._held, self._held_count = [(indices, scores)], len(indices)
+        order = sorted(self._held)
+        chosen = top_k_indices(torch.cat([self._held[first][1] for first in order]), self._k)
+        # Blocks are apart and each is sorted, so in the order of their beginnings all indices are.
+        ends = torch.tensor([len(self._held[first][0]) for first in order]).cumsum(0).tolist()
+        begin, held = 0, {}
+        for first, end, part in zip(order, ends, _split(chosen, ends), strict=True):
+            if len(part):
+                indices, scores = self._held[first]
+                held[first] = (indices[part - begin], scores[part - begin])
+            begin = end
+        self._held, self._held_count = held, self._k
+        self._threshold = min(float(scores.min()) for _, scores in held.values())
+
+
+def _split(ordered: Tensor, ends: list[int]) -> list[Tensor]:
+    """The values of a sorted tensor below each of `ends` that are not below the one before."""
+    begin, parts = 0, []
+    for end in ends:
+        upto = _span(ordered, 0, end)[1]
+        parts.append(ordered[begin:upto])
+        begin = upto
+    return parts
+
+
+def _among(indices: Tensor, others: Tensor, low: int, high: int) -> Tensor:
+    """bool: which of `indices`, all from `low` to below `high`, are in the sorted `others` (on any device)."""
+    begin, end = _span(others, low, high)
+    barred = torch.zeros(high - low, dtype=torch.bool, device=indices.device)
+    barred[(others[begin:end] - low).to(indices.device)] = True
+    return barred[indices - low]
 
 
 def _span(ordered: Tensor, low: int, high: int) -> tuple[int, int]:

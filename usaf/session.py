@@ -20,6 +20,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from usaf import __version__
@@ -31,9 +32,10 @@ from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
 from usaf.evaluation import Evaluation, evaluate
+from usaf.expert_bank import ExpertBank
 from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
-from usaf.experts import ExpertBank
 from usaf.files import fingerprint
+from usaf.fused_experts import runs_fused
 from usaf.memory import available_bytes
 from usaf.memory_limit import Kept, keep_to_limit, longest_row
 from usaf.model import SparseModel, build_model
@@ -45,7 +47,8 @@ from usaf.source_folder import resolve_model
 from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
-RESIDENT_MARGIN = 1.1  # a resident copy must beat decoding by this much to be worth its memory
+RESIDENT_MARGIN = 1.1  # with a resident copy an expert's product must be faster by this much to be worth its memory
+RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
 
 
@@ -372,9 +375,9 @@ def choose_resident(session: ModelSession, room_bytes: int | None = None) -> Non
 def decide_resident(
     banks: list[ExpertBank], setting: str, backend: Backend, room_bytes: int | None = None
 ) -> tuple[bool, str]:
-    """(whether, why). `auto` times decoding one expert against widening its 16-bit copy, and looks at the memory that
-    the copies would take: the host's free memory, or a share of the card's, and no more than `room_bytes` of the host's
-    where MEMORY_LIMIT leaves so many."""
+    """(whether, why). `auto` times a product with one expert decoded for it against one with its 16-bit copy, and looks
+    at the memory that the copies would take: the host's free memory, or a share of the card's, and no more than
+    `room_bytes` of the host's where MEMORY_LIMIT leaves so many."""
     if setting in ("0", "1"):
         return setting == "1", f"USE_RESIDENT={setting}"
     needed = sum(bank.base.resident_dtype().itemsize * bank.numel for bank in banks)
@@ -385,14 +388,28 @@ def decide_resident(
         return False, f"{backend.name} does not say how much memory it has"
     if needed > RESIDENT_SHARE * free:
         return False, f"decoded copies would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB"
-    bank = banks[0]
-    copy = dequantize(bank.base.expert(0), bank.base.resident_dtype())
-    decode = min(seconds(lambda: dequantize(bank.base.expert(0)), backend) for _ in range(5))
-    widen = min(seconds(lambda: copy.to(torch.float32), backend) for _ in range(5))
-    return decode > RESIDENT_MARGIN * widen, (
-        f"decoding an expert takes {decode * 1e3:.2f} ms, widening a decoded copy {widen * 1e3:.2f} ms; "
+    decode, resident = (product_seconds(banks[0], resident, backend) for resident in (False, True))
+    return decode > RESIDENT_MARGIN * resident, (
+        f"an expert's product takes {decode * 1e3:.2f} ms with decoding, {resident * 1e3:.2f} ms with a decoded copy; "
         f"the copies take {needed / 1e9:.2f} GB"
     )
+
+
+@torch.no_grad()
+def product_seconds(bank: ExpertBank, resident: bool, backend: Backend) -> float:
+    """The time that one expert of a bank like this one takes for `RESIDENT_ROWS` tokens; the best of five."""
+    alone = ExpertBank(bank.base.expert(0))
+    if resident:
+        make_resident(alone)
+    x = torch.ones(RESIDENT_ROWS, bank.in_features, dtype=backend.compute_dtype, device=bank.device)
+    fused = runs_fused(x, alone, alone)
+    buffer = torch.empty(bank.expert_size if fused else 0)
+
+    def product() -> Tensor:
+        return x @ (alone.decode(0, buffer, alone.delta) if fused else alone.weight(0, x.dtype)).t()
+
+    seconds(product, backend)  # compiling, and first touches
+    return min(seconds(product, backend) for _ in range(5))
 
 
 def seconds(work: Callable[[], object], backend: Backend) -> float:

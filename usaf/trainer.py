@@ -3,7 +3,7 @@
 One step: `accum` micro-batches enter the first trainable layer from the prefix cache, run through the trainable layers
 and the head, and back; the deltas and the router weights get their Adam update. Gradients are computed at the active
 indices alone. In the last `capture_steps` steps before a reselection the backwards also leave what their weight
-gradients need (`experts.PairGradients`), which ranks the candidates without a pass of its own.
+gradients need (`expert_bank.PairGradients`), which ranks the candidates without a pass of its own.
 
 A step whose loss or gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from usaf.data import Batch, DataOrder, Rows
 from usaf.delta import Delta
 from usaf.errors import RunError
-from usaf.experts import ExpertBank, PairGradients
+from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.importance import grow_candidates
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import SparseModel

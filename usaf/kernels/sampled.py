@@ -2,14 +2,20 @@
 
 A linear map y = x W^T has dL/dW[r, c] = sum_t grad_output[t, r] * inputs[t, c]. Training needs 0.5% of these entries,
 so the dense product, as dear as the forward itself, is never formed.
+
+On the CPU both factors are turned feature-major first, which costs two small copies: every entry is then the product of
+two contiguous vectors, and the one of row r stays in the cache for all places of the row.
 """
 
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from usaf.kernels.compiled import compiled
 
 # Elements of a gathered block in the reference: 16 MiB in fp32, whatever the number of tokens.
 GATHER_BLOCK_ELEMENTS = 1 << 22
@@ -27,8 +33,8 @@ def sampled_gradient(grad_output: Tensor, inputs: Tensor, rows: Tensor, columns:
     Returns:
         [n], dtype of `inputs`, but fp32 for 16-bit inputs: their products are exact in it.
     """
-    if inputs.device.type == "cpu" and inputs.dtype in (torch.float32, torch.float64):
-        return sampled_gradient_csr(grad_output, inputs, columns, row_starts)
+    if inputs.device.type == "cpu" and inputs.dtype == torch.float32:
+        return sampled_gradient_compiled(grad_output, inputs, columns, row_starts)
     return sampled_gradient_reference(grad_output, inputs, rows, columns)
 
 
@@ -44,12 +50,22 @@ def sampled_gradient_reference(grad_output: Tensor, inputs: Tensor, rows: Tensor
     return torch.cat(parts)
 
 
-def sampled_gradient_csr(grad_output: Tensor, inputs: Tensor, columns: Tensor, row_starts: Tensor) -> Tensor:
-    """torch's sampled product (SDDMM) over a CSR pattern: about four times the speed of a dense product at 0.5%."""
-    shape = (grad_output.shape[1], inputs.shape[1])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(
-            row_starts, columns, torch.zeros_like(columns, dtype=inputs.dtype), shape, check_invariants=False
-        )
-        return torch.sparse.sampled_addmm(pattern, grad_output.t(), inputs, beta=0).values()
+def sampled_gradient_compiled(grad_output: Tensor, inputs: Tensor, columns: Tensor, row_starts: Tensor) -> Tensor:
+    """The same in fp32 on the CPU, on the calling thread. The sums are taken in lanes, so the last bits differ."""
+    result = torch.empty(len(columns))
+    if len(columns):
+        outputs, features = grad_output.detach().t().contiguous(), inputs.detach().t().contiguous()
+        _sampled(outputs.numpy(), features.numpy(), columns.numpy(), row_starts.numpy(), result.numpy())
+    return result
+
+
+def _sampled_products(outputs: Any, features: Any, columns: Any, row_starts: Any, result: Any) -> None:
+    for r in range(len(outputs)):
+        for i in range(row_starts[r], row_starts[r + 1]):
+            column, total = columns[i], np.float32(0)
+            for t in range(outputs.shape[1]):
+                total += outputs[r, t] * features[column, t]
+            result[i] = total
+
+
+_sampled = compiled(_sampled_products, reassociate=True)
