@@ -6,7 +6,7 @@ Every figure is a named item, so that a plan can be read, and a wrong one found.
 hold by their code: T tokens of width H, P = T top_k pairs, n active weights,
 
     importance   inputs of every trainable layer [T, H], and one layer's pairs: X, dOut [T, H], dh [P, out], a [P, in]
-    step         what each trainable layer keeps (`model_shape`), h [P, out] and a [P, in]; one chunk's logits
+    step         what each trainable layer keeps (`model_shape`) and h [P, out]; one chunk's logits
     capture      pairs of CAPTURE_STEPS x ACCUM micro-batches, of every trainable layer
     always       delta, rows and columns, two moments, generation: 24 bytes an active weight, and 4 for its gradient
 
@@ -32,27 +32,27 @@ from usaf.importance import active_count
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.prefix import STRETCH_BYTES
 from usaf.settings import Settings, parse_size
+from usaf.workers import MOST_WORKERS
 
 # -- calibrated against runs (docs/decisions.md)
 SLACK = 1.03  # of what tensors take: pages that allocators hold and do not use
 SCRATCH_BYTES = 64 << 20  # libraries that load with their first use, their threads' buffers, compiled kernels
-BLOCK_BYTES = 8 << 20  # decoded weights that a thread works on
-HEAD_BUFFERS = 1.0  # logits of a chunk that are alive at a time
 WIDENED_BYTES = 64 << 20  # rows of a 16-bit dense weight in fp32 (`linear.WIDENED_ELEMENTS`)
+HEAD_BLOCK_BYTES = 8 << 20  # rows of the head in fp32, a core's (`fused_head.BLOCK_ELEMENTS`)
 SKEW = 4.0  # the busiest expert's tokens over an even share
 STATE_BYTES = 24  # an active weight: delta, row, column, two moments, generation
 GRADIENT_BYTES = 4
 PAIR_INDEX_BYTES = 28  # a pair: its token and slot, int64, its expert, its routing weight
 UPDATE_BYTES = 16  # an active weight of one tensor, while Adam works on it
-CHOICE_BYTES = 112  # a chosen weight of one tensor, while three selections run
-SCORE_BYTES = 29  # a weight of one expert while it is scored: dense gradients, candidates
+CHOICE_BYTES = 140  # a chosen weight of one tensor, while three selections run
+SCORE_BYTES = 32  # a weight of one expert while a core scores it: gradients of both halves, candidates
 RESELECT_BYTES = 96  # an active weight of one tensor, while its places are drawn anew
 
 CHEAP_CHUNK_TOKENS, CHEAP_HEAD_TOKENS, CHEAP_STRETCH_BYTES = 1024, 64, 128 << 20
 SMALLEST_CHUNK_TOKENS, SMALLEST_HEAD_TOKENS, SMALLEST_STRETCH_BYTES = 64, 16, 4 << 20
 ON_DEVICE = {
     "training state", "captured pairs", "one chunk in one layer", "one chunk in one layer, or logits", "one chunk",
-    "pairs of one layer", "selection", "one expert's gradient", "kept for the backward", "beside the layers",
+    "pairs of one layer", "selection", "experts' gradients", "kept for the backward", "beside the layers",
     "logits of a chunk", "one layer's backward", "update of one tensor", "resident experts",
 }  # fmt: skip
 """Items that a GPU holds where there is one."""
@@ -205,6 +205,7 @@ class _Count:
         self.largest_active = active_count(self.largest, work.frac)
         self.largest_expert = max(e.up[0] * e.up[1] for e in self.moe)
         self.hidden = 4 * shape.width
+        self.cores = min(MOST_WORKERS, work.threads)
 
     # -- weights
 
@@ -256,15 +257,22 @@ class _Count:
         )
 
     def one_expert(self, layer: LayerShape, tokens: int) -> int:
-        """Experts without gradients: their input, one expert's pairs, the index of all of them, decoded weights."""
+        """Experts without gradients: a result a core, the index of all pairs, and what each core works on."""
         experts = layer.experts
         if experts is None:
             return 0
-        pairs = tokens * experts.pairs_per_token
-        busiest = min(tokens, SKEW * pairs / experts.count)
-        a_pair = 4 * (experts.up[1] + experts.up[0] + experts.down[1] + experts.down[0])
-        blocks = BLOCK_BYTES * self.work.threads
-        return int(self.hidden * tokens + busiest * a_pair + pairs * PAIR_INDEX_BYTES + blocks)
+        pairs = int(tokens * experts.pairs_per_token)
+        index = pairs * (PAIR_INDEX_BYTES + experts.count)
+        a_pair = experts.up[1] + experts.up[0] + 3 * experts.down[1] + experts.down[0]
+        return index + (self.cores - 1) * self.hidden * tokens + self.at_work(experts, tokens, a_pair)
+
+    def at_work(self, experts: Experts, tokens: int, a_pair: int) -> int:
+        """On all cores: an expert's weights in fp32, and `a_pair` numbers for each of its pairs."""
+        weights = max(experts.up[0] * experts.up[1], experts.down[0] * experts.down[1])
+        return int(self.cores * 4 * (weights + self.busiest(experts, tokens) * a_pair))
+
+    def busiest(self, experts: Experts, tokens: int) -> float:
+        return min(tokens, SKEW * tokens * experts.pairs_per_token / experts.count)
 
     def prefix(self) -> list[Phase]:
         work = self.work
@@ -289,7 +297,7 @@ class _Count:
             "training state": state_bytes,
             "captured pairs": self.captured() if state_bytes and work.evaluates_in_window else 0,
             "hidden states": chunk * (self.hidden + shape.width * work.cache_itemsize) if work.start else 0,
-            "one chunk in one layer, or logits": max(working, chunk * self.hidden + self.head()),
+            "one chunk in one layer, or logits": max(working, chunk * self.hidden + self.head(False)),
         }
         if not work.cached:
             items["recomputed prefix"] = self.recomputed(row, chunk)
@@ -299,19 +307,21 @@ class _Count:
         """Without a cache: a chunk passes the frozen layers when it is needed, and the last two are kept."""
         return 2 * chunk * self.shape.width * self.work.cache_itemsize + chunk * self.hidden
 
-    def head(self) -> int:
-        """A chunk's logits, and the head's rows in fp32."""
+    def head(self, gradient: bool) -> int:
+        """A chunk's logits, whole for the gradient and else a block of them a core; rows of the head in fp32."""
         vocabulary, hidden = self.shape.head
-        rows = self.work.head_chunk_tokens
-        widened = 0 if self.shape.stored_bytes == 4 else min(WIDENED_BYTES, 4 * vocabulary * hidden)
-        return int(4 * rows * (HEAD_BUFFERS * vocabulary + 3 * hidden)) + widened
+        rows, block = self.work.head_chunk_tokens, HEAD_BLOCK_BYTES // (4 * hidden)
+        widened = self.cores * HEAD_BLOCK_BYTES if self.shape.stored_bytes < 4 else 0
+        logits = vocabulary if gradient else self.cores * min(block, vocabulary)
+        return 4 * rows * (logits + (self.cores + 2) * hidden) + min(widened, self.cores * 4 * vocabulary * hidden)
 
     # -- passes with gradients
 
     def kept_by_experts(self, experts: Experts | None, tokens: int) -> int:
+        """h alone; where a norm follows the products, they and a as well."""
         if experts is None:
             return 0
-        a_pair = 4 * (experts.up[0] + experts.down[1] + (experts.down[0] if experts.normed else 0))
+        a_pair = 4 * (experts.up[0] + (experts.down[1] + experts.down[0] if experts.normed else 0))
         return int(tokens * experts.pairs_per_token * (a_pair + PAIR_INDEX_BYTES))
 
     def pairs(self, experts: Experts | None, tokens: int) -> int:
@@ -327,75 +337,74 @@ class _Count:
         own = activations.kept_first if first else activations.kept
         return own.at(tokens, row) + self.kept_by_experts(layer.experts, tokens)
 
-    def on_the_way_back(self, layer: LayerShape, tokens: int, row: int) -> int:
+    def on_the_way_back(self, layer: LayerShape, tokens: int, row: int, captures: bool) -> int:
         """Most that one layer's backward holds beyond what it kept."""
-        activations = layer.activations
+        activations, experts = layer.activations, layer.experts
         own = activations.backward.at(tokens, row) - activations.kept.at(tokens, row)
-        experts = layer.experts
         if experts is None:
             return max(0, own)
-        pairs = tokens * experts.pairs_per_token
-        gradients = int(4 * pairs * experts.up[0]) + 2 * self.hidden * tokens
-        return max(own, gradients + BLOCK_BYTES * self.work.threads)
+        a_pair = 3 * experts.up[1] + 2 * experts.up[0] + 4 * experts.down[1]
+        captured = 4 * (experts.up[0] + experts.down[1]) if captures else 4 * experts.up[0] * experts.normed
+        return int(
+            max(own, (1 + self.cores) * self.hidden * tokens + self.at_work(experts, tokens, a_pair))
+            + tokens * experts.pairs_per_token * captured
+        )
 
     def importance(self) -> list[Phase]:
         work, shape = self.work, self.shape
         row, total = work.train_row, work.importance_rows * work.train_row
         chunk = self.importance_chunk()
         segments = shape.segments(work.start)
-        spilled = "importance" in work.spilled
-        an_input = 0 if spilled else total * self.hidden
-        inputs = (len(segments) + (1 if work.start else 0)) * an_input
+        an_input = 0 if "importance" in work.spilled else total * self.hidden
         working = self.working(self.trainable, chunk, row) + shape.outside.at(chunk, row) + self.widened()
-        phases = [Phase("importance, forward", {"inputs of all layers": inputs, "one chunk in one layer": working})]
-        phases.append(Phase("importance, head", {"inputs of all layers": inputs, "gradients of the last": an_input,
-                                                 "one chunk": 4 * chunk * self.hidden + self.head()}))  # fmt: skip
-        fullest: dict[str, int] = {}
-        for i, (first, end) in enumerate(segments):
-            layers = shape.layers[first:end]
-            pairs = sum(self.pairs(layer.experts, total) for layer in layers)
-            at_work = sum(self.kept(layer, chunk, row, first == work.start) for layer in layers) + max(
-                self.on_the_way_back(layer, chunk, row) for layer in layers
-            )
-            items = {
-                "inputs of lower layers": (i + (1 if work.start else 0)) * an_input, "gradients": an_input,
-                "pairs of one layer": 0 if spilled else pairs * max(0, total - chunk) // max(1, total),
-                "one chunk in one layer": at_work + shape.outside.at(chunk, row) + self.widened(),
-                "chosen indices": self.chosen(end),
-            }  # fmt: skip
-            if sum(items.values()) > sum(fullest.values()):
-                fullest = items
-        phases.append(Phase("importance, backward", fullest))
-        return [*phases, self.scoring(an_input, total, spilled)]
+        forward = {"inputs of lower layers": self.lower_inputs(len(segments)) * an_input,
+                   "one chunk in one layer": working}  # fmt: skip
+        phases = [Phase("importance, forward", forward if len(segments) > 1 else {})]
+        backwards = [
+            self.importance_backward(i, *segment, an_input, chunk, total) for i, segment in enumerate(segments)
+        ]
+        scorings = [self.scoring(i, *segment, an_input, total) for i, segment in enumerate(segments)]
+        return [*phases, *(max(found, key=lambda phase: phase.private) for found in (backwards, scorings))]
+
+    def lower_inputs(self, segments: int) -> int:
+        """Of the lowest so many segments; the first layer of all has token ids."""
+        return segments if self.work.start else max(0, segments - 1)
+
+    def importance_backward(self, i: int, first: int, end: int, an_input: int, chunk: int, total: int) -> Phase:
+        """The last chunk in segment i, layers [first, end)."""
+        work, row, layers = self.work, self.work.train_row, self.shape.layers[first:end]
+        pairs = 0 if "importance" in work.spilled else sum(self.pairs(layer.experts, total - chunk) for layer in layers)
+        way_back = max(self.on_the_way_back(layer, chunk, row, True) for layer in layers)
+        if end == len(self.shape.layers):
+            way_back = max(way_back, 3 * chunk * self.hidden + self.head(True))
+        kept = sum(self.kept(layer, chunk, row, first == work.start) for layer in layers)
+        return Phase("importance, backward", {
+            "inputs of lower layers": self.lower_inputs(i) * an_input, "gradients": an_input,
+            "pairs of one layer": pairs, "one chunk in one layer": kept + way_back + self.shape.outside.at(chunk, row)
+            + self.widened(), "chosen indices": self.chosen(end),
+        })  # fmt: skip
 
     def chosen(self, end: int) -> int:
         """Indices found in the layers from `end` on, int64."""
         moe = [layer.experts for layer in self.shape.layers[end:] if layer.experts is not None]
         return 8 * sum(active_count(n, self.work.frac) for experts in moe for n in experts.bank_weights)
 
-    def scoring(self, an_input: int, total: int, spilled: bool) -> Phase:
-        """Of the layer that is highest and of the one that is lowest, whichever takes more."""
-        work = self.work
-        segments = self.shape.segments(work.start)
-        fullest: dict[str, int] = {}
-        for i, (first, end) in enumerate(segments):
-            layers = self.shape.layers[first:end]
-            items = {
-                "inputs of lower layers": (i + (1 if work.start else 0)) * an_input, "gradients": an_input,
-                "pairs of one layer": 0 if spilled else sum(self.pairs(layer.experts, total) for layer in layers),
-                "chosen indices": self.chosen(first), "selection": CHOICE_BYTES * self.largest_active,
-                "one expert's gradient": SCORE_BYTES * self.largest_expert + self.pairs_of_one(layers, total),
-            }  # fmt: skip
-            if sum(items.values()) > sum(fullest.values()):
-                fullest = items
-        return Phase("importance, scoring", fullest)
+    def scoring(self, i: int, first: int, end: int, an_input: int, total: int) -> Phase:
+        layers = self.shape.layers[first:end]
+        spilled = "importance" in self.work.spilled
+        return Phase("importance, scoring", {
+            "inputs of lower layers": self.lower_inputs(i) * an_input, "gradients": an_input,
+            "pairs of one layer": 0 if spilled else sum(self.pairs(layer.experts, total) for layer in layers),
+            "chosen indices": self.chosen(first), "selection": CHOICE_BYTES * self.largest_active,
+            "experts' gradients": max((self.scored(layer.experts, total) for layer in layers if layer.experts),
+                                      default=0),
+        })  # fmt: skip
 
-    def pairs_of_one(self, layers: Iterable[LayerShape], tokens: int) -> int:
-        """The busiest expert's rows, gathered."""
-        return max(
-            int(min(tokens, SKEW * tokens * e.pairs_per_token / e.count) * 4 * (e.up[0] + e.up[1]))
-            for e in (layer.experts for layer in layers) if e is not None
-        ) if any(layer.experts for layer in layers) else 0  # fmt: skip
+    def scored(self, experts: Experts, tokens: int) -> int:
+        """On all cores: an expert's dense gradients and candidates, its rows gathered."""
+        weights = max(experts.up[0] * experts.up[1], experts.down[0] * experts.down[1])
+        rows = self.busiest(experts, tokens) * 4 * (experts.up[0] + experts.up[1])
+        return int(self.cores * (SCORE_BYTES * weights + rows))
 
     def importance_chunk(self) -> int:
         """Tokens of a chunk: an even number of them, as equal as can be (`importance.sample_chunks`)."""
@@ -419,9 +428,10 @@ class _Count:
             "training state": self.state_bytes(), "captured pairs": captured, "kept for the backward": kept,
             "beside the layers": shape.outside.at(tokens, row), "hidden states": 2 * tokens * self.hidden,
         }  # fmt: skip
-        back = max(self.on_the_way_back(layer, tokens, row) for layer in self.trainable) + self.widened()
+        captures = work.capture_steps > 0
+        back = max(self.on_the_way_back(layer, tokens, row, captures) for layer in self.trainable) + self.widened()
         phases = [
-            Phase("step, head", {**common, "logits of a chunk": self.head() + tokens * self.hidden}),
+            Phase("step, head", {**common, "logits of a chunk": self.head(True) + tokens * self.hidden}),
             Phase("step, backward", {**common, "one layer's backward": back}),
             Phase("step, update", {"training state": self.state_bytes(), "captured pairs": self.captured(),
                                    "update of one tensor": UPDATE_BYTES * self.largest_active}),
@@ -449,7 +459,7 @@ class _Count:
         return [Phase("reselection", {
             "training state": self.state_bytes(), "captured pairs": self.captured(),
             "selection": (RESELECT_BYTES + 4 * self.work.capture_steps) * self.largest_active,
-            "one expert's gradient": SCORE_BYTES * self.largest_expert,
+            "experts' gradients": max(self.scored(e, self.captures() * self.work.step_tokens) for e in self.moe),
         })]  # fmt: skip
 
     def checkpoint(self) -> Phase:
@@ -486,6 +496,7 @@ class _Count:
         """On a GPU with 16-bit arithmetic. From the same counts, halved where types are; never tried."""
         work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
         kept = sum(self.kept(layer, tokens, row, i == 0) for i, layer in enumerate(self.trainable))
+        way_back = max(self.on_the_way_back(layer, tokens, row, False) for layer in self.trainable)
         frozen = [layer.linear_weights * 2 + (layer.experts.stored_bytes if layer.experts else 0)
                   for layer in self.shape.layers[: work.start]]  # fmt: skip
         return {
@@ -495,8 +506,8 @@ class _Count:
             "one frozen layer": max(frozen, default=0),
             "training state": self.state_bytes(), "captured pairs": self.captured() // 2,
             "kept for the backward": kept // 2,
-            "one layer's backward": max(self.on_the_way_back(layer, tokens, row) for layer in self.trainable) // 2,
-            "one expert in 16 bits": 2 * self.largest_expert, "logits of a chunk": self.head(),
+            "one layer's backward": way_back // 2,
+            "one expert in 16 bits": 2 * self.largest_expert, "logits of a chunk": self.head(True),
         }  # fmt: skip
 
 
