@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -38,9 +39,10 @@ from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.optimizer import Adam
 from usaf.quantization import Encoding, QuantizedTensor, dequantize, quantize
 
-MOST_WEIGHTS = 48_000_000  # of the experts that are measured
-MOST_OPERATIONS = 4e10  # of one measured product; more rows are extrapolated
-ROWS = (1, 16, 64, 256, 1024)
+MOST_WEIGHTS = 40_000_000  # of the experts that are measured
+MOST_OPERATIONS = 1.2e10  # of one measured product; more rows are extrapolated
+ROWS = (4, 64, 256, 1024)
+LONG_SECONDS = 0.3
 ATTENTION_HEADS, ATTENTION_WIDTH = 8, 128
 FILE_BYTES = 256 << 20
 FORWARD_PASSES, TRAINING_PASSES = 1, 3  # products of a weight and its tokens: forward; and gradients of both
@@ -48,7 +50,8 @@ FORWARD_PASSES, TRAINING_PASSES = 1, 3  # products of a weight and its tokens: f
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds at several row counts; linear in between and beyond."""
+    """Seconds at several row counts; linear in between and beyond, and never less for more rows (a measurement may say
+    so)."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -57,8 +60,9 @@ class Curve:
         if len(self.rows) == 1:
             return self.seconds[0] * rows / self.rows[0]
         i = min(max(bisect.bisect_left(self.rows, rows), 1), len(self.rows) - 1)
-        (x0, x1), (y0, y1) = self.rows[i - 1 : i + 1], self.seconds[i - 1 : i + 1]
-        return max(0.0, y0 + (y1 - y0) * (rows - x0) / (x1 - x0))
+        rising = list(itertools.accumulate(self.seconds, max))
+        (x0, x1), (y0, y1) = self.rows[i - 1 : i + 1], rising[i - 1 : i + 1]
+        return max(rising[0] * min(1.0, rows / self.rows[0]), y0 + (y1 - y0) * (rows - x0) / (x1 - x0))
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,9 @@ def measure(model: PreTrainedModel, shape: ModelShape, frac: float, folder: Path
 
 
 def best(work: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of a few; the first warms caches and compiles."""
-    work()
-    return min(_timed(work) for _ in range(times))
+    """Seconds of the fastest of a few; the first warms caches and compiles, and counts where it took long anyway."""
+    first = _timed(work)
+    return min([first, *(_timed(work) for _ in range(times if first < LONG_SECONDS else 1))])
 
 
 def _timed(work: Callable[[], object]) -> float:
