@@ -190,7 +190,7 @@ def test_the_limit_is_kept_under_a_real_wall(middle: World) -> None:
     refused = run_child(middle, "least", 0, MEMORY_LIMIT="100MB")
     least = refused.stderr.split("least that would do is ")[1].split(" ")[0]
     limit = int(float(least.removesuffix("GB")) * 1e9) + 20_000_000
-    assert limit < 0.85 * wide
+    assert limit < planned
     done = run_child(middle, "tight", limit + (256 << 20), MEMORY_LIMIT=f"{limit // 1000}KB")
     assert done.returncode == 0, done.stderr[-2000:]
     tight = middle.runs / "tight"
