@@ -31,7 +31,6 @@ from usaf.quantization import hqq_encoding
 from usaf.settings import load_settings, parse_size
 from usaf.skeleton import handover
 
-ALL = (*SPILLABLE, "importance")
 BASELINE = 400_000_000
 HIDDEN, EXPERTS, UP, INNER, TOP_K, LAYERS = 256, 32, 256, 128, 4, 8
 
@@ -161,7 +160,7 @@ def test_a_run_without_reselections_captures_nothing() -> None:
 
 def test_nothing_is_lowered_below_the_limit(shape: ModelShape) -> None:
     asked = work()
-    assert plan_for_limit(shape, asked, BASELINE, "100GB", Knobs(spill=ALL))[0] == asked
+    assert plan_for_limit(shape, asked, BASELINE, "100GB", Knobs(spill=SPILLABLE))[0] == asked
 
 
 def test_a_limit_is_kept_by_as_little_as_it_takes(shape: ModelShape) -> None:
@@ -169,7 +168,7 @@ def test_a_limit_is_kept_by_as_little_as_it_takes(shape: ModelShape) -> None:
     before = work()
     for share in (0.99, 0.9, 0.8, 0.7, 0.6):
         limit = f"{int(peak * share / 1000)}KB"
-        fitted, plan = plan_for_limit(shape, work(), BASELINE, limit, Knobs(spill=ALL))
+        fitted, plan = plan_for_limit(shape, work(), BASELINE, limit, Knobs(spill=SPILLABLE))
         assert plan.peak_bytes <= parse_size(limit)
         assert fitted.prefix_chunk_tokens <= before.prefix_chunk_tokens
         assert fitted.spilled >= before.spilled
@@ -183,12 +182,12 @@ def test_a_limit_is_kept_by_as_little_as_it_takes(shape: ModelShape) -> None:
 
 def test_what_the_user_set_stays(shape: ModelShape) -> None:
     peak = memory_plan(shape, work(), BASELINE).peak_bytes
-    fitted, _ = plan_for_limit(shape, work(), BASELINE, f"{int(peak * 0.7 / 1000)}KB", Knobs(False, False, ALL))
+    fitted, _ = plan_for_limit(shape, work(), BASELINE, f"{int(peak * 0.7 / 1000)}KB", Knobs(False, False, SPILLABLE))
     assert fitted.prefix_chunk_tokens == 4096
     assert fitted.head_chunk_tokens == 256
 
 
-@pytest.mark.parametrize("spill", [(), SPILLABLE, ALL])
+@pytest.mark.parametrize("spill", [(), SPILLABLE])
 def test_the_least_that_would_do_does(shape: ModelShape, spill: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=r"^MEMORY_LIMIT=10MB: the least that would do is \d+\.\d+GB") as refused:
         plan_for_limit(shape, work(), BASELINE, "10MB", Knobs(spill=spill))
@@ -211,8 +210,8 @@ def test_the_remedy_is_for_the_phase_that_is_highest(shape: ModelShape, changes:
 
 
 def test_fitting_ends_where_nothing_helps(shape: ModelShape) -> None:
-    lowest = fit(shape, work(), BASELINE, 0, Knobs(spill=ALL))
-    assert fit(shape, lowest, BASELINE, 0, Knobs(spill=ALL)) == lowest
+    lowest = fit(shape, work(), BASELINE, 0, Knobs(spill=SPILLABLE))
+    assert fit(shape, lowest, BASELINE, 0, Knobs(spill=SPILLABLE)) == lowest
 
 
 def test_the_full_size_model_fits_into_8_gb() -> None:

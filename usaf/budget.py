@@ -56,8 +56,8 @@ ON_DEVICE = {
     "logits of a chunk", "one layer's backward", "update of one tensor", "resident experts",
 }  # fmt: skip
 """Items that a GPU holds where there is one."""
-SPILLABLE = ("captured", "stretch")
-"""What may lie in mapped files (`workspace`): captured pairs, the states of a stretch."""
+SPILLABLE = ("captured", "importance", "stretch")
+"""What may lie in mapped files (`workspace`): captured pairs, inputs and pairs of importance, states of a stretch."""
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Trainer:
     def _kept(self, pairs: PairGradients) -> PairGradients:
         if self.workspace is None:
             return pairs
-        return PairGradients.from_tensors({n: self.workspace.keep(t) for n, t in pairs.tensors().items()})
+        return pairs.kept(self.workspace)
 
     def _update(self, gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float) -> None:
         """Clip all gradients together, then Adam."""
