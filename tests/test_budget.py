@@ -183,7 +183,7 @@ def test_a_limit_is_kept_by_as_little_as_it_takes(shape: ModelShape) -> None:
 def test_what_the_user_set_stays(shape: ModelShape) -> None:
     peak = memory_plan(shape, work(), BASELINE).peak_bytes
     fitted, _ = plan_for_limit(shape, work(), BASELINE, f"{int(peak * 0.7 / 1000)}KB", Knobs(False, False, SPILLABLE))
-    assert fitted.prefix_chunk_tokens == 4096
+    assert fitted.prefix_chunk_tokens == work().prefix_chunk_tokens
     assert fitted.head_chunk_tokens == 256
 
 
@@ -225,7 +225,8 @@ def test_the_full_size_model_fits_into_8_gb() -> None:
     values = load_settings([], {}, {}).values
     asked = work_of(values, 40, 512, 360 * 512, 360, 512, 128 * 512, 2, 2)
     fitted, plan = plan_for_limit(shape, asked, BASELINE, "8GB", Knobs())
-    assert fitted == asked, "the defaults fit"
+    assert fitted.prefix_chunk_tokens >= 4096, "which costs next to nothing"
+    assert dataclasses.replace(fitted, prefix_chunk_tokens=asked.prefix_chunk_tokens) == asked
     assert 5e9 < plan.peak_bytes < 8e9
     assert plan.disk["4-bit experts"] == pytest.approx(29e9 * (0.5 + 4 / 128), rel=0.01)
     assert plan.mapped["dense weights"] == pytest.approx(2 * 1.53e9, rel=0.03)

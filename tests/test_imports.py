@@ -16,15 +16,9 @@ PACKAGE = REPOSITORY / "usaf"
 ROWS = [
     {"__init__", "errors"},  # imported by anything
     # level 0
-    {"settings", "quantization", "optimizer", "files", "tensor_file", "memory", "console", "workers"},
+    {"settings", "quantization", "optimizer", "files", "tensor_file", "memory", "console", "workers", "read_ahead"},
     {"devices", "kernels", "source_formats", "source_folder", "partial", "workspace"},  # level 1
-    {
-        "expert_bank",
-        "selection",
-        "linear",
-        "samples",
-        "demo",
-    },  # level 2, in seven rows: samples below data and prompts,
+    {"expert_bank", "selection", "linear", "samples", "demo"},  # level 2, in some rows: samples below data,
     {"fused_experts", "fused_head"},  # fast paths of experts and head
     {"experts"},
     {"adapters"},  # rewrite families into what experts.py serves,

@@ -183,22 +183,23 @@ def test_resident_on_a_card_looks_at_the_card(monkeypatch: pytest.MonkeyPatch, h
     assert mark in reason
 
 
-@pytest.mark.parametrize("faster", [True, False], ids=["widening", "decoding"])
+@pytest.mark.parametrize("faster", [True, False], ids=["resident", "decoding"])
 def test_resident_is_measured(world: World, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     """The measurement alone decides, its reason is kept, and evaluation and resume take the decision over."""
-    times = iter([1.0 if faster else 0.1] * 5 + [0.5] * 5)
-    monkeypatch.setattr(session_module, "seconds", lambda work, backend: next(times))
+    monkeypatch.setattr(
+        session_module, "product_seconds", lambda bank, resident, backend: 0.5 if resident else 1.0 if faster else 0.1
+    )
     tag = f"resident-{faster}"
     assert world.train(tag, STEPS=1) == 0
     decisions = read_json(world.runs / tag / "settings.json")["decisions"]
     assert decisions["resident"] is faster
-    assert "widening a decoded copy" in decisions["resident_reason"]
+    assert "with a decoded copy" in decisions["resident_reason"]
 
 
 def test_a_decision_is_taken_over_and_a_setting_goes_before_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0] * 5 + [0.5] * 5)
+    times = iter([1.0, 0.5])
     # Enough for one measurement: a second would fail.
-    monkeypatch.setattr(session_module, "seconds", lambda work, backend: next(times))
+    monkeypatch.setattr(session_module, "product_seconds", lambda bank, resident, backend: next(times))
     torch.set_num_threads(1)
     folder = world.finished("decided", STEPS="1")
     decisions = read_json(folder / "settings.json")["decisions"]

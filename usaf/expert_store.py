@@ -27,6 +27,7 @@ from usaf.errors import RunError, UserError, one_line
 from usaf.files import hash_file, require_space, require_writable
 from usaf.partial import allocated_bytes, continued, partial_path
 from usaf.quantization import Encoding, QuantizedTensor, decode_scale, hqq_encoding, quantize, read_entry
+from usaf.read_ahead import Span
 from usaf.tensor_file import CODES, TORCH_DTYPES, TensorFile, TensorFileWriter, layout
 
 FILE_NAME, LEGACY_NAME = "experts_q4.safetensors", "experts_q4.pt"
@@ -44,6 +45,7 @@ class ExpertStore:
         self.path, self.entries = path, entries
         self.source = source  # Checkpoint.sampled_fingerprint() of what it was made from, where the file says so
         self.quantized: set[str] = set()  # the entries that were quantised by the settings' group size and bits
+        self.spans: dict[str, list[Span]] = {}  # where each entry lies in the mapped file, if it is one
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         return self.entries[name]
@@ -211,6 +213,7 @@ def read_store(path: Path) -> ExpertStore:
         raise UserError(f"{path}: is a safetensors file but not of 4-bit experts ({FORMAT}); set QUANT_PATH to one "
                         "that `python -m usaf.quantize` made, or delete it, and it is made anew")  # fmt: skip
     entries, quantized = {}, set()
+    spans: dict[str, list[Span]] = {}
     try:
         described = {
             t: (read_encoding(said), said["in_features"]) for t, said in json.loads(metadata["entries"]).items()
@@ -223,10 +226,12 @@ def read_store(path: Path) -> ExpertStore:
         if len(shape) != 3 or encoding.tensors(shape) != {p: (t.dtype, tuple(t.shape)) for p, t in parts.items()}:
             raise UserError(damaged)
         entries[target] = encoding.of(parts, shape)
+        places = [file.entries[f"{target}.{part}"] for part in parts]
+        spans[target] = [Span(path, place.start, place.start + place.nbytes) for place in places]
         if encoding.name == "hqq":
             quantized.add(target)
     store = ExpertStore(path, entries, metadata.get("source"))
-    store.quantized = quantized
+    store.quantized, store.spans = quantized, spans
     return store
 
 

@@ -32,6 +32,7 @@ from usaf.expert_store import ExpertStore
 from usaf.experts import attach_banks, is_experts_module, projection_names
 from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
+from usaf.read_ahead import Span, read_ahead
 from usaf.skeleton import HandedOn, Handover, Path, Product, find_decoder, get, put
 from usaf.tensor_file import tensor_bytes
 
@@ -67,6 +68,7 @@ class SparseModel:
         self.config: Any = model.config
         self.decoder, self.layers_name, self.layers = find_decoder(model)
         self.moe = find_moe_layers(model, self.layers_name)
+        self.spans: dict[int, list[Span]] = {}  # MoE layer -> where its mapped experts lie
         for moe in self.moe:
             moe.router.register_forward_pre_hook(widen_router_input)
             for module in beside_router(model, moe, self.layers_name):
@@ -88,6 +90,10 @@ class SparseModel:
             if moe.layer == layer:
                 for bank in moe.banks:
                     bank.move(device)
+
+    def read_ahead(self, first: int, end: int) -> None:
+        """Have the experts of layers [first, end) read from the disk while others compute."""
+        read_ahead([span for layer in range(first, end) for span in self.spans.get(layer, [])])
 
     @contextmanager
     def placed(self, first: int, end: int | None = None) -> Iterator[None]:
@@ -347,6 +353,7 @@ def build_model(checkpoint: Checkpoint, store: ExpertStore, backend: Backend) ->
     base = fingerprint({"config": config, "dense": dense_hash, "experts": store.content_hash()})
     backend.prepare_model(model)
     sparse = SparseModel(model, backend, base, handover)
+    sparse.spans = {moe.layer: [span for name in moe.names for span in store.spans.get(name, [])] for moe in sparse.moe}
     if backend.device.type != "cpu":
         place_shared(sparse)
     return sparse

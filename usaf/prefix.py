@@ -125,7 +125,10 @@ class BoundaryStates:
         """chunk -> row -> [length, ...], rounded, on the host; layer-major over the given chunks."""
         batches = {c: self.rows.batch(self.chunks[c]) for c in chunks}
         states: dict[int, Tensor] = {}
-        for first, end in self.model.handover.segments(0, self.start):
+        segments = self.model.handover.segments(0, self.start)
+        for (first, end), following in zip(segments, [*segments[1:], None], strict=True):
+            if following is not None:
+                self.model.read_ahead(*following)
             with self.model.placed(first, end):
                 for c, batch in batches.items():
                     hidden = states[c].to(self.model.backend.device) if first else None

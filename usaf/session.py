@@ -47,7 +47,7 @@ from usaf.source_folder import resolve_model
 from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
-RESIDENT_MARGIN = 1.1  # with a resident copy an expert's product must be faster by this much to be worth its memory
+RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
 
@@ -408,8 +408,14 @@ def product_seconds(bank: ExpertBank, resident: bool, backend: Backend) -> float
     def product() -> Tensor:
         return x @ (alone.decode(0, buffer, alone.delta) if fused else alone.weight(0, x.dtype)).t()
 
-    seconds(product, backend)  # compiling, and first touches
-    return min(seconds(product, backend) for _ in range(5))
+    threads = torch.get_num_threads()
+    if fused:
+        torch.set_num_threads(1)  # as in `workers`: an expert's product runs on one core
+    try:
+        seconds(product, backend)  # compiling, and first touches
+        return min(seconds(product, backend) for _ in range(7))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def seconds(work: Callable[[], object], backend: Backend) -> float:

@@ -298,7 +298,7 @@ class Settings:
         "type to which the activations that enter the first trainable layer are rounded, cached or not; auto: the "
         "checkpoint's own 16-bit type",
     )
-    prefix_chunk_tokens: int = _setting(4096, _at_least(1), "tokens that pass a frozen layer at a time")
+    prefix_chunk_tokens: int = _setting(8192, _at_least(1), "tokens that pass a frozen layer at a time")
     head_chunk_tokens: int = _setting(256, _at_least(1), "tokens whose logits and loss are formed at a time")
     cpu_threads: int = _setting(0, _at_least(0), "threads on the CPU, 0 = torch's own choice")
     keep_checkpoints: int = _setting(

@@ -43,24 +43,32 @@ def at_least_compiled(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]
 
 def _count_large(values: Any, threshold: Any) -> Any:
     count = 0
-    for i in range(len(values)):
-        count += not (abs(values[i]) < threshold)
+    for block in range(len(values) // BLOCK):
+        some = np.float32(0)  # a lane of the width of the values
+        for i in range(BLOCK):
+            some += np.float32(0) if abs(values[block * BLOCK + i]) < threshold else np.float32(1)
+        count += int(some)
+    for i in range(len(values) // BLOCK * BLOCK, len(values)):
+        count += 0 if abs(values[i]) < threshold else 1
     return count
 
 
 def _collect_large(values: Any, threshold: Any, positions: Any, sizes: Any) -> None:
     found = 0
-    for block in range(0, len(values), BLOCK):
-        end = min(block + BLOCK, len(values))
-        some = 0
-        for i in range(block, end):
-            some += not (abs(values[i]) < threshold)
+    for block in range(len(values) // BLOCK):
+        some = np.float32(0)  # a lane of the width of the values
+        for i in range(BLOCK):
+            some += np.float32(0) if abs(values[block * BLOCK + i]) < threshold else np.float32(1)
         if some:
-            for i in range(block, end):
+            for i in range(block * BLOCK, (block + 1) * BLOCK):
                 if not (abs(values[i]) < threshold):
                     positions[found], sizes[found] = i, abs(values[i])
                     found += 1
+    for i in range(len(values) // BLOCK * BLOCK, len(values)):
+        if not (abs(values[i]) < threshold):
+            positions[found], sizes[found] = i, abs(values[i])
+            found += 1
 
 
-_count = compiled(_count_large)
-_collect = compiled(_collect_large)
+_count = compiled(_count_large, reassociate=True)
+_collect = compiled(_collect_large, reassociate=True)
