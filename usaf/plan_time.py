@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import dataclasses
 import itertools
 import os
 import time
@@ -34,14 +35,15 @@ from usaf.budget import Work
 from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.experts import attach_banks, experts_forward, is_experts_module
 from usaf.importance import active_count, grow_candidates, score_bank
+from usaf.kernels.decode import decode_expert
 from usaf.linear import FrozenLinear
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.optimizer import Adam
-from usaf.quantization import Encoding, QuantizedTensor, dequantize, quantize
+from usaf.quantization import Encoding, QuantizedTensor, quantize
 
 MOST_WEIGHTS = 40_000_000  # of the experts that are measured
-MOST_OPERATIONS = 1.2e10  # of one measured product; more rows are extrapolated
-ROWS = (4, 64, 256, 1024)
+MOST_OPERATIONS = 2e10  # of one measured product; more rows are extrapolated
+ROWS = (4, 64, 256)
 LONG_SECONDS = 0.3
 ATTENTION_HEADS, ATTENTION_WIDTH = 8, 128
 FILE_BYTES = 256 << 20
@@ -202,14 +204,32 @@ def expert_rates(module: nn.Module, experts: Experts, frac: float) -> ExpertRate
         training.append(best(partial(trained, copied, hidden, ids, weights), 2) / count)
         banks, pairs = captured(copied, hidden, ids, weights)
         each = [(bank, of_bank, active_count(bank.numel, frac)) for bank, of_bank in zip(banks, pairs, strict=True)]
-        scoring.append(best(partial(scored, each), 1) / count)
-        growing.append(best(partial(grown, each), 1) / count)
+        scoring.append(seconds_of_one_more(scored, each, count))
+        growing.append(seconds_of_one_more(grown, each, count))
     at = tuple(rows)
     # Scoring had every row twice, as even and as odd.
     return ExpertRates(
         experts.weights // experts.count, Curve(at, tuple(forward)), Curve(at, tuple(training)),
         Curve(tuple(2 * r for r in rows), tuple(scoring)), Curve(at, tuple(growing)),
     )  # fmt: skip
+
+
+def seconds_of_one_more(
+    work: Callable[[list[tuple[ExpertBank, PairGradients, int]]], None],
+    each: list[tuple[ExpertBank, PairGradients, int]], count: int,
+) -> float:  # fmt: skip
+    """What an expert adds. The first ones cost more, while every weight is a candidate: of a few experts they are a
+    large part, of a model's hardly any."""
+    if count == 1:
+        return best(partial(work, each), 1)
+    half = [(first_experts(bank, count // 2), dataclasses.replace(pairs, starts=pairs.starts[: count // 2 + 1]), k)
+            for bank, pairs, k in each]  # fmt: skip
+    return max(1e-9, best(partial(work, each), 2) - best(partial(work, half), 2)) / (count - count // 2)
+
+
+def first_experts(bank: ExpertBank, count: int) -> ExpertBank:
+    chosen = {name: tensor[:count] for name, tensor in bank.base.tensors().items()}
+    return ExpertBank(bank.base.replace(chosen, (count, *bank.base.shape[1:])))
 
 
 def scored(each: list[tuple[ExpertBank, PairGradients, int]]) -> None:
@@ -298,10 +318,10 @@ def softmax_rate() -> float:
 
 
 def decoding_rates(experts: Experts) -> tuple[float, float]:
-    """Weights a second: 4 bits to fp32, and 16 bits to fp32."""
+    """Weights a second: 4 bits to fp32 on one core, by the kernel that runs, and 16 bits to fp32."""
     coded = random_bank(experts.encodings[0], (1, *experts.up))
-    copied = dequantize(coded, torch.float16)
-    return copied.numel() / best(lambda: dequantize(coded)), copied.numel() / best(lambda: copied.float())
+    out, copied = torch.empty(experts.up), torch.zeros(experts.up, dtype=torch.float16)
+    return out.numel() / best(lambda: decode_expert(coded, 0, out)), out.numel() / best(lambda: out.copy_(copied))
 
 
 def quantize_rate() -> float:
