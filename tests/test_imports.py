@@ -17,7 +17,7 @@ ROWS = [
     {"__init__", "errors"},  # imported by anything
     # level 0
     {"settings", "quantization", "optimizer", "files", "tensor_file", "memory", "console", "workers", "read_ahead"},
-    {"devices", "kernels", "source_formats", "source_folder", "partial"},  # level 1
+    {"devices", "kernels", "source_formats", "source_folder", "partial", "workspace"},  # level 1
     {"expert_bank", "selection", "linear", "samples", "demo"},  # level 2, in some rows: samples below data,
     {"fused_experts", "fused_head"},  # fast paths of experts and head
     {"experts"},
@@ -27,14 +27,15 @@ ROWS = [
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model", "merge"},  # level 3
     {"loss", "packing", "prefix", "generation"},  # level 4, in two rows: both serve importance and evaluation
-    {"importance", "evaluation", "run"},
-    {"trainer"},  # level 5
+    {"importance", "evaluation", "run", "model_shape"},
+    {"trainer", "budget"},  # level 5
+    {"memory_limit"},
     {"session"},  # level 6: what every command needs before it works
-    {"summary"},
+    {"summary", "plan_time"},
     {"job"},  # one run, phase by phase
     {"merged_folder"},
     {"evaluate", "export"},  # level 7, the commands
-    {"train", "quantize", "generate"},
+    {"train", "quantize", "generate", "plan"},
 ]
 ROW = {module: row for row, modules in enumerate(ROWS) for module in modules}
 WITHOUT_TORCH = ["errors", "settings", "demo"]  # what `--help` imports

@@ -18,12 +18,13 @@ from families import FAMILIES, VOCAB, base_into, build, write_checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from usaf import prefix
+from usaf import prefix, workspace
 from usaf.data import Rows, pack
 from usaf.errors import UserError
 from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.session import Session
+from usaf.workspace import Workspace
 
 LENGTHS = [9, 17, 4, 24, 12, 7, 20]  # in tokens; 93 in all
 CHUNKS = [[3, 0], [5, 2, 6], [1], [4]]
@@ -249,6 +250,20 @@ def test_cutting_into_stretches_changes_nothing(
     assert cut.cache is not None
     assert cut.cache.path.read_bytes() == whole.cache.path.read_bytes()
     assert cut.cache.done == whole.cache.done
+
+
+def test_states_in_mapped_files_are_the_same(
+    model: SparseModel, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "SMALLEST_BYTES", 1)
+    whole, memory = states_of(model, rows, tmp_path / "whole"), Workspace(tmp_path / "mapped")
+    mapped = states_of(model, rows, tmp_path / "cut", memory=memory)
+    fill(whole)
+    fill(mapped)
+    assert memory.bytes == 256 * sum(len(c) * max(rows.length(r) for r in c) for c in CHUNKS), "one buffer a chunk"
+    assert mapped.cache is not None
+    assert whole.cache is not None
+    assert mapped.cache.path.read_bytes() == whole.cache.path.read_bytes()
 
 
 def test_uncached_chunks_are_computed_once_while_in_use(

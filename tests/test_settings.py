@@ -23,6 +23,7 @@ from usaf.settings import (
     edit_distance,
     load_settings,
     markdown_table,
+    parse_size,
 )
 
 # The table of the specification's section 2. Users know these: a change here is a change of what was promised.
@@ -89,6 +90,7 @@ OURS = {
     "CPU_THREADS": 0,
     "KEEP_CHECKPOINTS": 2,
     "ATTENTION": "auto",
+    "MEMORY_LIMIT": None,
 }
 SHAPES_NOTHING = {
     "QUANT_PATH",
@@ -106,6 +108,7 @@ SHAPES_NOTHING = {
     "HELDOUT_PATH",
     "PREFIX_CACHE_DIR",
     "KEEP_CHECKPOINTS",
+    "MEMORY_LIMIT",
 }
 
 
@@ -198,6 +201,7 @@ OTHER_VALUES = {
     "CPU_THREADS": ("2", 2),
     "KEEP_CHECKPOINTS": ("1", 1),
     "ATTENTION": ("eager", "eager"),
+    "MEMORY_LIMIT": ("8GB", "8GB"),
 }
 
 
@@ -276,6 +280,7 @@ OUT_OF_RANGE = [
     ("SEQ_LEN", "7"),
     ("IMPORTANCE_SAMPLES", "1"),
     *itertools.product(["HELDOUT_PATH"], [",", "a.jsonl,,b.jsonl", "a.jsonl,"]),
+    *itertools.product(["MEMORY_LIMIT"], ["8", "8G", "0GB", "-8GB", "8.GB", "8 gigabytes", "8GBit", "auto", "1e9GB"]),
     *itertools.product(["RUN_TAG"], [".", "..", "...", "a.", "a/b", "a\\b", "C:", "a b", "é", "a\n", "x" * 101]),
     *itertools.product(["RUN_TAG"], ["CON", "nul", "aux.txt", "Com1", "LPT9.tar.gz", "prn"]),
 ]
@@ -303,6 +308,16 @@ def test_ordinary_run_tags_pass(tag):
 @pytest.mark.parametrize(("name", "text"), [("FRAC", "1e-9"), ("WARMUP", "0"), ("GROUP_SIZE", "1024"), ("SEED", "0")])
 def test_ends_of_ranges_pass(name, text):
     assert value_of(name, text) == float(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("7.5GiB", 15 << 29), ("8000MB", 8 * 10**9), (" 1.5 gb ", 15 * 10**8), ("2TiB", 2 << 40),
+     ("64kib", 64 << 10), ("0.1MB", 100_000)],
+)  # fmt: skip
+def test_sizes_have_decimal_and_binary_units(text, size):
+    assert parse_size(text) == size
+    assert load_settings([], {"MEMORY_LIMIT": text}, {}).values.memory_limit is not None
 
 
 def test_values_decided_by_us_are_held_to_the_rules_too():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from usaf.kernels.decode import add_deltas, decode_expert
 from usaf.kernels.sampled import sampled_gradient
 from usaf.quantization import QuantizedTensor, dequantize
+from usaf.workspace import Memory
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class PairGradients:
             "starts": torch.tensor(self.starts, dtype=torch.int64),
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def kept(self, memory: Memory) -> PairGradients:
+        """The same in `memory`."""
+        return PairGradients.from_tensors({name: memory.keep(tensor) for name, tensor in self.tensors().items()})
 
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor]) -> PairGradients:

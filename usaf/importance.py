@@ -35,6 +35,7 @@ from usaf.model import MoeLayer, SparseModel
 from usaf.prefix import BoundaryStates
 from usaf.selection import RunningTopK, overlap
 from usaf.workers import number_of_workers, run_shares, shares
+from usaf.workspace import PRIVATE, Memory, Workspace
 
 Progress = Callable[[int], None]
 """Called after each unit of work (a chunk through a layer, or the scoring of a layer)."""
@@ -68,17 +69,19 @@ def sample_chunks(samples: Sequence[int], chunk_rows: int) -> list[list[int]]:
 
 def find_important(
     model: SparseModel, states: BoundaryStates, rows: Rows, samples: Sequence[int], fraction: float,
-    chunk_rows: int, head_chunk_tokens: int, progress: Progress,
+    chunk_rows: int, head_chunk_tokens: int, progress: Progress, workspace: Workspace | None = None,
 ) -> Importance:  # fmt: skip
     """The `fraction` of each fused expert tensor with the largest mean gradient over the sequences `samples`.
 
     Ties go to the lower index. `progress` is called twice for each chunk (`sample_chunks`) and trainable layer.
+    `workspace`: where inputs, gradients and pairs of all samples lie, on the CPU; None is private memory.
     """
+    memory = workspace or PRIVATE
     chunks = sample_chunks(samples, chunk_rows)
     batches = [rows.batch(chunk) for chunk in chunks]
-    entering = [_on_host(states.hidden(chunk)) for chunk in chunks]
+    entering = [_kept(memory, states.hidden(chunk)) for chunk in chunks]
     segments = model.handover.segments(states.start, model.num_layers)
-    inputs = _forward(model, batches, entering, segments[:-1], progress)
+    inputs = _forward(model, batches, entering, segments[:-1], memory, progress)
     gradients: list[Tensor] = []  # of the loss, at what leaves the segment, by chunk
     head = _Head(model, head_chunk_tokens, 1.0 / max(1, sum(count_targets(batch) for batch in batches)))
     active: dict[str, Tensor] = {}
@@ -89,7 +92,8 @@ def find_important(
         needs_input_gradient = segment[0] > states.start
         above = None if gradients else head
         captured = _backward(
-            model, batches, segment, moes, inputs.pop(), gradients, above, needs_input_gradient, unused, progress
+            model, batches, segment, moes, inputs.pop(), gradients, above, needs_input_gradient, unused, memory,
+            progress,
         )  # fmt: skip
         for moe in moes:
             for name, bank in zip(moe.names, moe.banks, strict=True):
@@ -101,14 +105,14 @@ def find_important(
     return Importance(active, half_overlap, len(samples))
 
 
-def _on_host(hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else hidden.cpu()
+def _kept(memory: Memory, hidden: Tensor | None) -> Tensor | None:
+    return None if hidden is None else memory.keep(hidden)
 
 
 @torch.no_grad()
 def _forward(
     model: SparseModel, batches: list[Batch], hidden: list[Tensor | None], segments: list[tuple[int, int]],
-    progress: Progress,
+    memory: Memory, progress: Progress,
 ) -> list[list[Tensor | None]]:  # fmt: skip
     """inputs[i][c]: what enters segment i in chunk c, on the host; one more entry, what leaves the last of them."""
     inputs: list[list[Tensor | None]] = [hidden]
@@ -116,7 +120,7 @@ def _forward(
         outputs: list[Tensor | None] = []
         for batch, h in zip(batches, inputs[-1], strict=True):
             h = None if h is None else h.to(model.backend.device)
-            outputs.append(model.run_layers(batch, first, end, h, norm=False).cpu())
+            outputs.append(memory.keep(model.run_layers(batch, first, end, h, norm=False)))
             progress(end - first)
         inputs.append(outputs)
     return inputs
@@ -141,7 +145,7 @@ class _Head:
 def _backward(
     model: SparseModel, batches: list[Batch], segment: tuple[int, int], moes: list[MoeLayer],
     inputs: list[Tensor | None], gradients: list[Tensor], head: _Head | None, needs_input_gradient: bool,
-    unused: dict[type, bool], progress: Progress,
+    unused: dict[type, bool], memory: Memory, progress: Progress,
 ) -> list[list[PairGradients]]:  # fmt: skip
     """All chunks through one segment's backward: in nearly every family, one layer's. `gradients` [c] goes in as its
     output gradient, unless `head` gives that, and comes out as its input gradient; `inputs` is emptied. Returns, for
@@ -172,8 +176,12 @@ def _backward(
                 unused[layer_class] = experts_are_only_added(out)
             torch.autograd.backward(out, above, inputs=wanted)
             del out, above  # the chunk's graph is gone before the next one's is made
+        if isinstance(memory, Workspace):  # before the gradient is written over, which pairs may share
+            for bank in banks:
+                bank.captured = [*(bank.captured or [])[:c], *(p.kept(memory) for p in (bank.captured or [])[c:])]
         if h is not None and h.grad is not None:
-            gradients[c : c + 1] = [h.grad.cpu()]  # head: one more
+            earlier = gradients[c] if c < len(gradients) else None
+            gradients[c : c + 1] = [memory.keep(h.grad, earlier)]  # head: one more
         progress((end - first) * (1 if head is None else 2))
     captured = [bank.captured or [] for bank in banks]
     for bank in banks:

@@ -23,7 +23,7 @@ from usaf.delta import save_delta
 from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
 from usaf.importance import find_important, sample_chunks
-from usaf.memory import PeakMemory
+from usaf.memory import PeakMemory, return_freed
 from usaf.run import RunFolder, SavedState, list_checkpoints, load_checkpoint
 from usaf.session import Session, default_tag, evaluate_all, fill_all, load, output_folder, prepare, versions
 from usaf.settings import FIELDS, ResolvedSettings
@@ -49,6 +49,7 @@ class Job:
     def phase_done(self, name: str, seconds: float) -> None:
         self.totals.phase_seconds[name] = self.totals.phase_seconds.get(name, 0.0) + seconds
         self.run.log("phase", name=name, seconds=round(seconds, 3), peak_memory_bytes=self.memory.private)
+        return_freed()
 
     def log_step(self, result: StepResult) -> None:
         if result.skipped:
@@ -133,7 +134,7 @@ class Job:
         with phase("importance", work, "chunk", self.phase_done) as bar:
             found = find_important(
                 session.model, self.states, session.data.train, samples, self.values.frac, rows,
-                self.values.head_chunk_tokens, bar.update,
+                self.values.head_chunk_tokens, bar.update, session.workspace("importance"),
             )  # fmt: skip
         trainer.activate(found.active)
         overlap = self.totals.half_overlap = finite(found.half_overlap)
@@ -262,7 +263,8 @@ class Job:
         self.fill_prefix()
         assert session.order is not None
         trainer = Trainer(
-            session.model, self.states, session.data.train, session.order, self.values, self.values.steps
+            session.model, self.states, session.data.train, session.order, self.values, self.values.steps,
+            session.workspace("captured"),
         )  # fmt: skip
         if saved is not None:
             self.restore(trainer, saved)
@@ -363,6 +365,8 @@ def announce(session: Session, asked: ResolvedSettings) -> None:
     chosen = session.decisions
     say(f"settled: CPU_THREADS = {chosen['threads']}, ATTENTION = {chosen['attention']}")
     say(f"device: {session.backend.name}, {session.backend.description} ({session.backend.reason})")
+    if session.kept is not None:
+        say(session.kept.line)
     for note in session.data.notes:
         say(f"data: {note}")
 

@@ -6,6 +6,8 @@ memory. Linux counts it as RssAnon (+ swap); Windows as the private working set'
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 
 SAMPLE_SECONDS = 0.05
+M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 1 << 20  # mallopt's number for it, and what it is set to
 
 
 def private_bytes() -> int:
@@ -33,6 +36,24 @@ def resident_bytes() -> int:
 
 def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system where the allocator (glibc's) would keep it for later."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_at_once() -> None:
+    """From now on tensors of `MAPPED_FROM_BYTES` and more go back to the system when they are freed.
+
+    glibc raises its threshold for that to 32 MB as such blocks are freed, and then keeps holes between smaller ones: a
+    run held 1.2 GB where its tensors took 0.4 (docs/decisions.md). The price is that pages are cleared anew.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
 class PeakMemory:

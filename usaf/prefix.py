@@ -30,9 +30,11 @@ from usaf.errors import UserError
 from usaf.files import fingerprint, flush, flush_folder
 from usaf.model import SparseModel
 from usaf.tensor_file import tensor_bytes
+from usaf.workspace import PRIVATE, Memory
 
 STRETCH_BYTES = 512 << 20
-"""Activations held at once while a stretch of chunks goes through the frozen layers one layer at a time."""
+"""Activations held at once while a stretch of chunks goes through the frozen layers one layer at a time, unless less
+is asked for. It decides no bit."""
 
 SPARE_DISK, SPARE_DISK_BYTES = 0.05, 8 << 30
 """Share of the disk that a cache leaves free, but no more than so many bytes: checkpoints are to fit beside it."""
@@ -56,13 +58,16 @@ class BoundaryStates:
         identity: what, beside the sequences, determines the states (the model's fingerprint, versions, threads).
         folder: where to cache; None computes every chunk when it is needed.
         cached_rows: at most so many rows are cached, rounded up to whole chunks (FROZEN_CACHE_N; 0 = all).
+        stretch_bytes: activations of a stretch of chunks that are held at once; memory: where they lie.
     """
 
     def __init__(
         self, model: SparseModel, rows: Rows, chunks: list[list[int]], start: int, dtype: torch.dtype,
-        identity: dict[str, object], folder: Path | None, cached_rows: int = 0,
+        identity: dict[str, object], folder: Path | None, cached_rows: int = 0, stretch_bytes: int | None = None,
+        memory: Memory = PRIVATE,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.chunks, self.start, self.dtype = model, rows, chunks, start, dtype
+        self.stretch_bytes, self.memory = stretch_bytes or STRETCH_BYTES, memory
         self.chunk_of = {row: c for c, chunk in enumerate(chunks) for row in chunk}
         self.recent: OrderedDict[int, dict[int, Tensor]] = OrderedDict()  # uncached chunks, the last two
         self.cache: _CacheFile | None = None
@@ -111,7 +116,7 @@ class BoundaryStates:
         total = 0
         for i, c in enumerate(chunks):
             total += len(self.chunks[c]) * max(self.rows.length(r) for r in self.chunks[c]) * width
-            if total > STRETCH_BYTES and i > 0:
+            if total > self.stretch_bytes and i > 0:
                 return chunks[:i], chunks[i:]
         return chunks, []
 
@@ -127,7 +132,7 @@ class BoundaryStates:
             with self.model.placed(first, end):
                 for c, batch in batches.items():
                     hidden = states[c].to(self.model.backend.device) if first else None
-                    states[c] = self.model.run_layers(batch, first, end, hidden).cpu()
+                    states[c] = self.memory.keep(self.model.run_layers(batch, first, end, hidden), states.get(c))
                     if progress is not None:
                         progress((end - first) * sum(batch.lengths))
         self.tokens_computed += sum(sum(b.lengths) for b in batches.values())

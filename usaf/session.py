@@ -11,13 +11,12 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 import transformers
@@ -38,12 +37,14 @@ from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make,
 from usaf.files import fingerprint
 from usaf.fused_experts import runs_fused
 from usaf.memory import available_bytes
+from usaf.memory_limit import Kept, keep_to_limit, longest_row
 from usaf.model import SparseModel, build_model
 from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
 from usaf.source_folder import resolve_model
+from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
@@ -76,9 +77,15 @@ class Session(ModelSession):
 
     data: TrainingData
     order: DataOrder | None = None
+    kept: Kept | None = None  # what keeps it to its MEMORY_LIMIT
 
     def __post_init__(self) -> None:
         self.stored_dtype = stored_dtype(self.checkpoint)
+
+    def workspace(self, what: str) -> Workspace | None:
+        """Where these buffers lie (see `budget.SPILLABLE`); None is private memory."""
+        mapped = what in self.decisions.get("mapped_buffers", ()) and self.backend.device.type == "cpu"
+        return Workspace(cache_folder(self.settings.values)) if mapped else None
 
     def chunk_rows(self, rows: Rows) -> int:
         """Sequences in one chunk of the prefix."""
@@ -100,7 +107,8 @@ class Session(ModelSession):
         folder = cache_folder(values) if values.use_frozen_cache else None
         dtype = cache_dtype(values.cache_dtype, self.stored_dtype)
         return BoundaryStates(
-            self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n
+            self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n,
+            self.decisions.get("stretch_bytes"), self.workspace("stretch") or PRIVATE,
         )  # fmt: skip
 
     def evaluation_sets(self) -> dict[str, Rows]:
@@ -129,10 +137,6 @@ def cache_folder(values: Settings) -> Path:
     return output_folder(values) / CACHE_FOLDER
 
 
-def longest_row(rows: Rows) -> int:
-    return int(np.diff(rows.offsets).max())
-
-
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of the checkpoint's dense weights (of its embeddings)."""
     for target in checkpoint.sources:
@@ -157,9 +161,17 @@ def prepare(settings: ResolvedSettings, decisions: dict[str, Any] | None = None,
     base = prepare_model(settings, decisions)
     data = read_data(base.settings, base.checkpoint, train)
     settings = resolve_steps(base.settings, data.train) if train else base.settings
+    kept = None
+    if train and settings.values.memory_limit is not None:  # an evaluation has its run's chunk sizes and decisions
+        kept = keep_to_limit(
+            settings, base.checkpoint, data, base.decisions["threads"],
+            resumes=decisions is not None, quantises=base.store is None, on_device=base.backend.device.type != "cpu",
+        )  # fmt: skip
+        settings = kept.settings
+        base.decisions.update(kept.decisions)
     session = Session(
         settings=settings, backend=base.backend, checkpoint=base.checkpoint, decisions=base.decisions, store=base.store,
-        data=data,
+        data=data, kept=kept,
     )  # fmt: skip
     if train:
         rows, values = session.data.train, settings.values
@@ -230,15 +242,19 @@ def open_quantised(checkpoint: Checkpoint, values: Settings) -> ExpertStore | No
 
 
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
-    layers = checkpoint.num_layers()
-    start = settings.values.train_from
-    cuts = checkpoint.handover.splits[:-1]
+    return settle_train_from(settings, checkpoint.num_layers(), checkpoint.handover.splits, checkpoint.moe_layers())
+
+
+def settle_train_from(
+    settings: ResolvedSettings, layers: int, splits: Sequence[int], moe_layers: Sequence[int]
+) -> ResolvedSettings:
+    """TRAIN_FROM for a model of so many layers, which can be cut at `splits`, those of `moe_layers` with experts."""
+    start, cuts = settings.values.train_from, splits[:-1]
     if start is None:
         start = max(cut for cut in cuts if cut <= layers - max(1, layers // 6))
         settings = settings.replace("default", train_from=start)
     if start >= layers:
         raise UserError(f"TRAIN_FROM={start}: the model has {layers} layers, counted from 0; choose 0 to {layers - 1}")
-    moe_layers = checkpoint.moe_layers()
     if not any(layer >= start for layer in moe_layers):
         raise UserError(f"TRAIN_FROM={start}: no MoE layer at or above it (they are {min(moe_layers)} to "
                         f"{max(moe_layers)}); choose at most {max(moe_layers)}")  # fmt: skip
@@ -332,18 +348,23 @@ def load(session: ModelSession, done: PhaseDone | None = None) -> None:
         if session.backend.device.type != "cpu":
             session.model.place(layer, session.backend.device)
     session.decisions["quant_path"] = str(store.path)
-    choose_resident(session)
+    kept = session.kept if isinstance(session, Session) else None
+    choose_resident(session, None if kept is None else kept.room_bytes)
     if done is not None:
         done("load", time.perf_counter() - began)
 
 
-def choose_resident(session: ModelSession) -> None:
-    """USE_RESIDENT: keep the trainable layers' base decoded in 16 bits where that is faster and fits."""
+def choose_resident(session: ModelSession, room_bytes: int | None = None) -> None:
+    """USE_RESIDENT: keep the trainable layers' base decoded in 16 bits where that is faster and fits.
+
+    room_bytes: what MEMORY_LIMIT leaves for them.
+    """
     banks = [bank for moe in session.model.moe_from(session.start) for bank in moe.banks]
     chosen = session.decisions["resident"]
     setting = session.settings.values.use_resident
-    if chosen is None or setting != "auto":  # it decides no bit, so a setting given on resume counts
-        chosen, reason = decide_resident(banks, setting, session.backend)
+    # It decides no bit, so a setting or a limit given on resume counts.
+    if chosen is None or setting != "auto" or room_bytes is not None:
+        chosen, reason = decide_resident(banks, setting, session.backend, room_bytes)
         session.decisions["resident"], session.decisions["resident_reason"] = chosen, reason
         say(f"resident experts: {'yes' if chosen else 'no'} ({reason})")
     if chosen:
@@ -351,12 +372,17 @@ def choose_resident(session: ModelSession) -> None:
             make_resident(bank)
 
 
-def decide_resident(banks: list[ExpertBank], setting: str, backend: Backend) -> tuple[bool, str]:
+def decide_resident(
+    banks: list[ExpertBank], setting: str, backend: Backend, room_bytes: int | None = None
+) -> tuple[bool, str]:
     """(whether, why). `auto` times a product with one expert decoded for it against one with its 16-bit copy, and looks
-    at the memory that the copies would take: the host's free memory, or a share of the card's."""
+    at the memory that the copies would take: the host's free memory, or a share of the card's, and no more than
+    `room_bytes` of the host's where MEMORY_LIMIT leaves so many."""
     if setting in ("0", "1"):
         return setting == "1", f"USE_RESIDENT={setting}"
     needed = sum(bank.base.resident_dtype().itemsize * bank.numel for bank in banks)
+    if room_bytes is not None and backend.device.type == "cpu" and needed > room_bytes:
+        return False, f"decoded copies would take {needed / 1e9:.2f} GB, and MEMORY_LIMIT leaves {room_bytes / 1e9:.2f}"
     free = available_bytes() if backend.device.type == "cpu" else backend.total_memory_bytes()
     if free is None:
         return False, f"{backend.name} does not say how much memory it has"

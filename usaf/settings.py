@@ -105,6 +105,22 @@ def _switch() -> Check:
     return Check("0 or 1 (or false/true, no/yes, off/on)", parse, lambda value: isinstance(value, bool), "{0,1}")
 
 
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "8GB", "7.5 GiB" or "8000MB". Raises ValueError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT])(I?)B", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise ValueError(text)
+    number, prefix, binary = found.groups()
+    return int(Decimal(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix.upper())))
+
+
+def _is_size(text: str) -> bool:
+    try:
+        return parse_size(text) > 0
+    except ValueError:
+        return False
+
+
 def _is_folder_name(tag: str) -> bool:
     """Whether `tag` names one folder on Linux, macOS and Windows alike (Windows drops a last dot, so none may end)."""
     plain = re.fullmatch(r"[A-Za-z0-9._-]{1,100}", tag) is not None and not tag.endswith(".")
@@ -290,6 +306,13 @@ class Settings:
     )
     attention: str = _setting(
         "auto", _choice("auto", "sdpa", "eager"), "implementation of attention; auto: what the device runs best"
+    )
+    memory_limit: str | None = _setting(
+        None,
+        _text("a size above 0 with its unit, such as 8GB, 7.5GiB or 8000MB", "SIZE", _is_size),
+        "private memory (without mapped files) that the run may use: chunk sizes are planned from it, or the run is "
+        "refused at its start with the least that would do",
+        shapes_result=False,  # what it chooses is stored in the settings that it chooses for
     )
 
     def __post_init__(self) -> None:

@@ -52,6 +52,18 @@ def from_hub(model: str) -> Path:
         raise unobtainable(model, error) from None
 
 
+def resolve_config(model: str) -> Path:
+    """A folder with the config.json of a model, and perhaps no more: of an id, that file alone is fetched."""
+    if Path(model).expanduser().is_dir() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return resolve_model(model)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", etag_timeout=HUB_SECONDS)).parent
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        raise unobtainable(model, error) from None
+
+
 def unobtainable(model: str, error: BaseException) -> UserError:
     return UserError(f"MODEL={model}: no such folder here, and the model hub could not give it "
                      f"({type(error).__name__}: {one_line(error)[:200]}); check the name and the network, or download "

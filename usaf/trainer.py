@@ -32,6 +32,7 @@ from usaf.prefix import BoundaryStates
 from usaf.run import SavedState, random_states, restore_random_states
 from usaf.selection import drop_fraction_at, reselect, smallest_k_positions
 from usaf.settings import Settings
+from usaf.workspace import Workspace
 
 MAX_SKIPPED = 5
 
@@ -74,13 +75,15 @@ class Captured:
 
 
 class Trainer:
-    """Owns the deltas' and routers' training state. `step` counts finished optimizer steps."""
+    """Owns the deltas' and routers' training state. `step` counts finished optimizer steps. `workspace`: where captured
+    pairs wait for their reselection, on the CPU; None is private memory."""
 
     def __init__(
-        self, model: SparseModel, states: BoundaryStates, rows: Rows, order: DataOrder, settings: Settings, steps: int
-    ) -> None:
+        self, model: SparseModel, states: BoundaryStates, rows: Rows, order: DataOrder, settings: Settings, steps: int,
+        workspace: Workspace | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.states, self.rows, self.order = model, states, rows, order
-        self.settings, self.steps = settings, steps
+        self.settings, self.steps, self.workspace = settings, steps, workspace
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.losses: dict[str, list[float]] = {"first": [], "last": []}
         self.trained = model.moe_from(states.start)
@@ -158,9 +161,14 @@ class Trainer:
         if math.isfinite(loss):
             hidden.backward(gradient)
         for name, bank in self.banks.items():
-            self.captured[name] += [Captured(self.step, 1.0, pairs) for pairs in bank.captured or []]
+            self.captured[name] += [Captured(self.step, 1.0, self._kept(pairs)) for pairs in bank.captured or []]
             bank.captured = None
         return loss
+
+    def _kept(self, pairs: PairGradients) -> PairGradients:
+        if self.workspace is None:
+            return pairs
+        return pairs.kept(self.workspace)
 
     def _update(self, gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float) -> None:
         """Clip all gradients together, then Adam."""

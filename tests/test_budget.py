@@ -1,0 +1,237 @@
+"""Planned memory: what is counted, and what is lowered for a limit. Against real runs: `test_memory_limit`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import tiny_config
+
+from usaf.architecture import meta_model
+from usaf.budget import (
+    SLACK,
+    SPILLABLE,
+    Knobs,
+    MemoryPlan,
+    Work,
+    _Count,
+    evaluates_in_window,
+    fit,
+    last_reselection,
+    memory_plan,
+    plan_for_limit,
+    work_of,
+)
+from usaf.errors import UserError
+from usaf.importance import active_count, sample_chunks
+from usaf.model_shape import ModelShape, model_shape
+from usaf.quantization import hqq_encoding
+from usaf.settings import load_settings, parse_size
+from usaf.skeleton import handover
+
+BASELINE = 400_000_000
+HIDDEN, EXPERTS, UP, INNER, TOP_K, LAYERS = 256, 32, 256, 128, 4, 8
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    model = meta_model(tiny_config(
+        "qwen3_moe", hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
+        moe_intermediate_size=INNER, vocab_size=50_000, num_attention_heads=8, head_dim=32,
+    ))  # fmt: skip
+    return model_shape(model, handover(model), lambda _: hqq_encoding(128, 4), 2, 1.0)
+
+
+def work(**changes: Any) -> Work:
+    values = load_settings([], {}, {}).values
+    return dataclasses.replace(work_of(values, 4, 512, 360 * 512, 360, 512, 128 * 512, 2, 2), **changes)
+
+
+def plan_of(shape: ModelShape, **changes: Any) -> MemoryPlan:
+    return memory_plan(shape, work(**changes), BASELINE)
+
+
+def items(plan: MemoryPlan, name: str) -> dict[str, int]:
+    return next(phase.items for phase in plan.phases if phase.name == name)
+
+
+# ---- what is counted ------------------------------------------------------------------------------------------------
+
+
+def test_importance_counts_inputs_of_all_layers_and_one_layers_pairs(shape: ModelShape) -> None:
+    plan, tokens = plan_of(shape), 64 * 512
+    inputs = items(plan, "importance, forward")["inputs of lower layers"]
+    assert inputs == int(SLACK * 4 * tokens * HIDDEN * 4)
+    assert items(plan, "importance, backward")["inputs of lower layers"] == int(SLACK * 3 * tokens * HIDDEN * 4)
+    pairs = items(plan, "importance, scoring")["pairs of one layer"]
+    per_token = 4 * 2 * HIDDEN + TOP_K * 4 * (UP + INNER)  # X and dOut; dh and a
+    assert per_token * tokens * SLACK < pairs < 1.1 * per_token * tokens * SLACK  # their index
+
+
+def test_training_state_is_28_bytes_an_active_weight_and_16_a_routers(shape: ModelShape) -> None:
+    up, down = EXPERTS * UP * HIDDEN, EXPERTS * HIDDEN * INNER
+    active = 4 * (active_count(up, 0.005) + active_count(down, 0.005))
+    assert items(plan_of(shape), "evaluate")["training state"] == int(SLACK * (28 * active + 16 * 4 * EXPERTS * HIDDEN))
+    without = items(plan_of(shape, router_trains=False), "evaluate")
+    assert without["training state"] == int(SLACK * 28 * active)
+
+
+def test_captured_pairs_grow_with_steps_micro_batches_and_layers(shape: ModelShape) -> None:
+    def captured(**changes: Any) -> int:
+        return items(plan_of(shape, **changes), "reselection")["captured pairs"]
+
+    one = captured(capture_steps=1)
+    assert captured(capture_steps=4) == pytest.approx(4 * one, rel=1e-6)
+    assert captured(capture_steps=1, accum=3) == pytest.approx(3 * one, rel=1e-6)
+    assert captured(capture_steps=1, start=6) == pytest.approx(one / 2, rel=1e-6)
+    assert "reselection" not in [phase.name for phase in plan_of(shape, capture_steps=0).phases]
+    assert "captured pairs" not in items(plan_of(shape, capture_steps=0), "step, backward")
+
+
+def test_logits_are_one_chunk_of_the_vocabulary(shape: ModelShape) -> None:
+    small, large = (items(plan_of(shape, head_chunk_tokens=n), "step, head")["logits of a chunk"] for n in (100, 200))
+    assert large - small == pytest.approx(SLACK * 100 * 4 * (50_000 + 4 * HIDDEN), rel=1e-6)
+
+
+def test_nothing_is_cached_or_computed_where_every_layer_trains(shape: ModelShape) -> None:
+    plan = plan_of(shape, start=0)
+    assert "prefix" not in [phase.name for phase in plan.phases]
+    assert plan.disk["prefix cache"] == 0
+    assert "hidden states" not in items(plan, "evaluate before")
+    assert plan.mapped["4-bit experts of frozen layers, once a stretch"] == 0
+
+
+def test_disk_counts_every_file(shape: ModelShape) -> None:
+    plan, active = plan_of(shape), 4 * (active_count(EXPERTS * UP * HIDDEN, 0.005) + active_count(
+        EXPERTS * HIDDEN * INNER, 0.005))  # fmt: skip
+    routers = 4 * EXPERTS * HIDDEN
+    assert plan.disk["4-bit experts"] == sum(layer.experts.stored_bytes for layer in shape.layers if layer.experts)
+    assert plan.disk["prefix cache"] == (360 + 128) * 512 * HIDDEN * 2
+    assert plan.disk["checkpoints"] == 3 * (24 * active + 16 * routers)
+    assert plan.disk["delta"] == 8 * active + 4 * routers
+    assert plan.disk["workspace"] == 0
+
+
+def test_dense_weights_are_private_unless_they_are_mapped(shape: ModelShape) -> None:
+    mapped, copied = plan_of(shape), memory_plan(dataclasses.replace(shape, mapped_share=0.0), work(), BASELINE)
+    dense = 2 * (shape.shared_weights + sum(layer.linear_weights for layer in shape.layers))
+    assert "dense weights" not in mapped.always
+    assert mapped.mapped["dense weights"] == copied.always["dense weights"] == dense
+    assert items(copied, "load")["largest dense weight"] == int(SLACK * 2 * 2 * 50_000 * HIDDEN)
+
+
+def test_a_gpu_holds_what_it_computes(shape: ModelShape) -> None:
+    host, device = plan_of(shape), plan_of(shape, on_device=True)
+    assert device.peak_bytes < host.peak_bytes
+    assert items(device, "importance, forward").keys() == {"inputs of lower layers"}
+    assert sum(device.device.values()) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 64, 65])
+@pytest.mark.parametrize("tokens", [100, 512, 1500, 4096])
+def test_importance_runs_in_the_chunks_that_are_planned(shape: ModelShape, rows: int, tokens: int) -> None:
+    count = _Count(shape, work(importance_rows=rows, prefix_chunk_tokens=tokens))
+    chunks = sample_chunks(list(range(rows)), max(1, tokens // 512))
+    assert count.importance_chunk() == 512 * max(len(chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize(("every", "evaluations", "capture", "falls"), [
+    (50, 30, 4, False), (50, 48, 4, True), (50, 50, 4, False), (10, 3, 2, True), (10, 0, 4, False), (50, 47, 4, True),
+    (50, 47, 3, False),
+])  # fmt: skip
+def test_evaluations_within_a_capture_window_are_noticed(
+    every: int, evaluations: int, capture: int, falls: bool
+) -> None:
+    values = load_settings([f"--reselect-every={every}", f"--eval-every={evaluations}"], {}, {}).values
+    assert evaluates_in_window(values, capture) is falls
+    assert last_reselection(values) == 108
+
+
+def test_a_run_without_reselections_captures_nothing() -> None:
+    for flag in ("--reselect-every=0", "--drop-fraction=0", "--steps=60"):
+        values = load_settings([flag], {}, {}).values
+        assert work_of(values, 4, 512, 9, 9, 512, 9, 2, 2).capture_steps == 0
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_lowered_below_the_limit(shape: ModelShape) -> None:
+    asked = work()
+    assert plan_for_limit(shape, asked, BASELINE, "100GB", Knobs(spill=SPILLABLE))[0] == asked
+
+
+def test_a_limit_is_kept_by_as_little_as_it_takes(shape: ModelShape) -> None:
+    peak = memory_plan(shape, work(), BASELINE).peak_bytes
+    before = work()
+    for share in (0.99, 0.9, 0.8, 0.7, 0.6):
+        limit = f"{int(peak * share / 1000)}KB"
+        fitted, plan = plan_for_limit(shape, work(), BASELINE, limit, Knobs(spill=SPILLABLE))
+        assert plan.peak_bytes <= parse_size(limit)
+        assert fitted.prefix_chunk_tokens <= before.prefix_chunk_tokens
+        assert fitted.spilled >= before.spilled
+        unturned = {"prefix_chunk_tokens", "head_chunk_tokens", "stretch_bytes", "spilled"}
+        assert {k: v for k, v in dataclasses.asdict(fitted).items() if k not in unturned} == {
+            k: v for k, v in dataclasses.asdict(work()).items() if k not in unturned
+        }
+        before = fitted
+    assert before.spilled, "at 60% something must be in mapped files"
+
+
+def test_what_the_user_set_stays(shape: ModelShape) -> None:
+    peak = memory_plan(shape, work(), BASELINE).peak_bytes
+    fitted, _ = plan_for_limit(shape, work(), BASELINE, f"{int(peak * 0.7 / 1000)}KB", Knobs(False, False, SPILLABLE))
+    assert fitted.prefix_chunk_tokens == work().prefix_chunk_tokens
+    assert fitted.head_chunk_tokens == 256
+
+
+@pytest.mark.parametrize("spill", [(), SPILLABLE])
+def test_the_least_that_would_do_does(shape: ModelShape, spill: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"^MEMORY_LIMIT=10MB: the least that would do is \d+\.\d+GB") as refused:
+        plan_for_limit(shape, work(), BASELINE, "10MB", Knobs(spill=spill))
+    least = str(refused.value).split(" is ")[1].split(" ")[0]
+    fitted, plan = plan_for_limit(shape, work(), BASELINE, least, Knobs(spill=spill))
+    assert plan.peak_bytes <= parse_size(least)
+    with pytest.raises(UserError, match="MEMORY_LIMIT"):
+        plan_for_limit(shape, work(), BASELINE, f"{(parse_size(least) - 20_000_000) // 1000}KB", Knobs(spill=spill))
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"importance_rows": 2000}, "IMPORTANCE_SAMPLES"), ({"microbatch": 200}, "MICROBATCH"),
+    ({"capture_steps": 50, "microbatch": 8}, "CAPTURE_STEPS"),
+    ({"resident": True, "importance_rows": 2}, "USE_RESIDENT=0"),
+])  # fmt: skip
+def test_the_remedy_is_for_the_phase_that_is_highest(shape: ModelShape, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_for_limit(shape, work(**changes), BASELINE, "10MB", Knobs())
+    assert named in str(refused.value)
+
+
+def test_fitting_ends_where_nothing_helps(shape: ModelShape) -> None:
+    lowest = fit(shape, work(), BASELINE, 0, Knobs(spill=SPILLABLE))
+    assert fit(shape, lowest, BASELINE, 0, Knobs(spill=SPILLABLE)) == lowest
+
+
+def test_the_full_size_model_fits_into_8_gb() -> None:
+    """Qwen3-30B-A3B with the default settings."""
+    config = tiny_config(
+        "qwen3_moe", hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, vocab_size=151_936, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+    )  # fmt: skip
+    model = meta_model(config)
+    shape = model_shape(model, handover(model), lambda _: hqq_encoding(128, 4), 2, 1.0)
+    values = load_settings([], {}, {}).values
+    asked = work_of(values, 40, 512, 360 * 512, 360, 512, 128 * 512, 2, 2)
+    fitted, plan = plan_for_limit(shape, asked, BASELINE, "8GB", Knobs())
+    assert fitted.prefix_chunk_tokens >= 4096, "which costs next to nothing"
+    assert dataclasses.replace(fitted, prefix_chunk_tokens=asked.prefix_chunk_tokens) == asked
+    assert 5e9 < plan.peak_bytes < 8e9
+    assert plan.disk["4-bit experts"] == pytest.approx(29e9 * (0.5 + 4 / 128), rel=0.01)
+    assert plan.mapped["dense weights"] == pytest.approx(2 * 1.53e9, rel=0.03)
+
+
+def test_shape_is_a_plain_value(shape: ModelShape, tmp_path: Path) -> None:
+    assert dataclasses.replace(shape) == shape
+    assert hash(shape.layers[-1].experts) is not None
