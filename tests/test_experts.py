@@ -262,6 +262,9 @@ def test_captured_pairs_give_the_exact_dense_gradient_of_every_expert(family: st
             grad_output, inputs = pairs.expert(e)
             torch.testing.assert_close(grad_output.t() @ inputs, dense[e], **CLOSE)
         assert torch.equal(bank.delta_gradient(pairs, torch.float32), bank.delta.grad)
+        for chosen in (torch.arange(len(bank.delta)) % 3 == 1, torch.arange(len(bank.delta)) < 0):
+            some = bank.delta_gradient(pairs, torch.float32, chosen)
+            assert torch.equal(some, bank.delta.grad[chosen])
 
 
 def test_captured_pairs_share_what_a_token_s_experts_share() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from usaf.kernels.decode import add_deltas, decode_expert
 from usaf.kernels.sampled import sampled_gradient
 from usaf.quantization import QuantizedTensor, dequantize
+from usaf.workers import number_of_workers, run_shares, shares
 from usaf.workspace import Memory
 
 
@@ -238,11 +239,31 @@ class ExpertBank(nn.Module):
         part = slice(self.expert_starts[e], self.expert_starts[e + 1])
         return sampled_gradient(grad_output, inputs, self.rows[part], self.columns[part], self.row_starts[e])
 
-    def delta_gradient(self, pairs: PairGradients, dtype: torch.dtype) -> Tensor:
-        """The gradient of all deltas from one backward's pairs: fp32 [n]; experts without tokens get zeros."""
-        gradient = torch.zeros_like(self.delta)
-        for e in range(self.num_experts):
-            first, end = self.expert_starts[e], self.expert_starts[e + 1]
-            if first < end and pairs.starts[e] < pairs.starts[e + 1]:
-                gradient[first:end] = self.sampled(e, *pairs.expert(e, dtype)).to(gradient.dtype)
+    def delta_gradient(self, pairs: PairGradients, dtype: torch.dtype, chosen: Tensor | None = None) -> Tensor:
+        """The gradient of all deltas from one backward's pairs: fp32 [n]; experts without tokens get zeros.
+
+        chosen: bool [n]; where given, only the gradient of these deltas, [number chosen].
+        """
+        starts, columns, rows, row_starts = self.expert_starts, self.columns, self.rows, self.row_starts
+        if chosen is not None:
+            before = torch.cat([torch.zeros_like(chosen[:1], dtype=torch.int64), chosen.cumsum(0)])  # chosen below i
+            first = torch.tensor(starts[:-1], device=chosen.device).unsqueeze(1)
+            row_starts = (before[row_starts + first] - before[first]).to(torch.int32)
+            columns, rows, starts = columns[chosen], rows[chosen], before[torch.tensor(starts)].tolist()
+        gradient = torch.zeros(starts[-1], dtype=self.delta.dtype, device=self.device)
+
+        @torch.no_grad()
+        def work(experts: list[int]) -> None:
+            for e in experts:
+                part = slice(starts[e], starts[e + 1])
+                sampled = sampled_gradient(*pairs.expert(e, dtype), rows[part], columns[part], row_starts[e])
+                gradient[part] = sampled.to(gradient.dtype)
+
+        used = [
+            e for e in range(self.num_experts) if starts[e] < starts[e + 1] and pairs.starts[e] < pairs.starts[e + 1]
+        ]
+        sizes = [pairs.starts[e + 1] - pairs.starts[e] for e in used]
+        copied = sum(sizes) * (self.out_features + self.in_features)  # what the kernel turns feature-major
+        workers = number_of_workers(copied) if self.device.type == "cpu" else 1
+        run_shares(lambda parts: work([used[i] for i in parts]), shares(sizes, workers))
         return gradient

@@ -32,9 +32,16 @@ from usaf.prefix import BoundaryStates
 from usaf.run import SavedState, random_states, restore_random_states
 from usaf.selection import drop_fraction_at, reselect, smallest_k_positions
 from usaf.settings import Settings
+from usaf.workers import number_of_workers, run_shares, shares
 from usaf.workspace import Workspace
 
 MAX_SKIPPED = 5
+
+RESELECTED_AT_ONCE = 4
+"""Fused tensors whose places are drawn anew side by side: each takes some 100 bytes an active weight meanwhile."""
+
+SORTING_PASSES = 50
+"""What drawing anew costs an active weight, in the multiplications of `workers`."""
 
 
 @dataclass(frozen=True)
@@ -251,37 +258,54 @@ class Trainer:
         if every == 0 or self.step % every != 0 or not self.in_capture_window():
             return None
         fraction = drop_fraction_at(self.step, self._last_reselection() + 1, self.settings.drop_fraction)
-        exchanged = 0
-        for name, bank in self.banks.items():
-            exchanged += self._reselect_bank(name, bank, fraction)
+        names = list(self.banks)
+        grown = [self._grow(name, fraction) for name in names]
+
+        def work(parts: list[int]) -> int:
+            return sum(self._reselect_bank(names[i], grown[i]) for i in parts)
+
+        # Finding candidates keeps every core busy by itself; what follows sorts, on one, a tensor at a time each.
+        sizes = [self.banks[name].delta.numel() for name in names]
+        on_cpu = self.model.backend.device.type == "cpu"
+        workers = min(RESELECTED_AT_ONCE, number_of_workers(SORTING_PASSES * sum(sizes))) if on_cpu else 1
+        exchanged = sum(run_shares(work, shares(sizes, workers)))
+        for name in names:
             self.captured[name] = []
         return ReselectResult(self.step, self.active_parameters(), dropped=exchanged, grown=exchanged)
 
     @torch.no_grad()
-    def _reselect_bank(self, name: str, bank: ExpertBank, fraction: float) -> int:
-        """Drop and grow in one fused tensor; returns how many weights were exchanged."""
-        captured = self.captured[name]
-        delta, active = bank.delta.detach(), bank.active
+    def _grow(self, name: str, fraction: float) -> Tensor:
+        """The flat indices that a fused tensor is to grow, as many as it drops; int64, sorted."""
+        bank = self.banks[name]
+        active = bank.active
         count = min(int(fraction * len(active)), bank.numel - len(active))
         if count == 0:
-            return 0
+            return active[:0]
         stays = torch.ones(len(active), dtype=torch.bool, device=active.device)
-        stays[smallest_k_positions(delta, count)] = False
-        scaled = [dataclasses.replace(entry.pairs, scale=entry.scale) for entry in captured]
-        grown = grow_candidates(bank, scaled, active[stays].cpu(), count).to(active.device)
-        change = reselect(active, delta, count, grown)
+        stays[smallest_k_positions(bank.delta.detach(), count)] = False
+        scaled = [dataclasses.replace(entry.pairs, scale=entry.scale) for entry in self.captured[name]]
+        return grow_candidates(bank, scaled, active[stays].cpu(), count).to(active.device)
+
+    @torch.no_grad()
+    def _reselect_bank(self, name: str, grown: Tensor) -> int:
+        """Drop and grow in one fused tensor; returns how many weights were exchanged."""
+        if len(grown) == 0:
+            return 0
+        bank, captured = self.banks[name], self.captured[name]
+        delta, active = bank.delta.detach(), bank.active
+        change = reselect(active, delta, len(grown), grown)
         kept = change.from_old >= 0
         values = torch.where(kept, delta.index_select(0, change.from_old.clamp(min=0)), torch.zeros_like(delta))
         bank.set_active(change.active, values)
         mean, mean_square, seen = self._grown_moments(bank, captured, kept)
         self.adam[name].regrow(change.from_old, mean, mean_square, seen)
-        return count
+        return len(grown)
 
     def _grown_moments(self, bank: ExpertBank, captured: list[Captured], kept: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean gradient and mean squared gradient over the captured steps, at the grown weights; and how many steps."""
         by_step: dict[int, Tensor] = {}
         for entry in captured:
-            gradient = bank.delta_gradient(entry.pairs, entry.pairs.inputs.dtype)[~kept] * entry.scale
+            gradient = bank.delta_gradient(entry.pairs, entry.pairs.inputs.dtype, ~kept) * entry.scale
             by_step[entry.step] = by_step[entry.step] + gradient if entry.step in by_step else gradient
         stacked = torch.stack(list(by_step.values()))
         return stacked.mean(0), (stacked * stacked).mean(0), len(by_step)
