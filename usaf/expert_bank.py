@@ -246,10 +246,13 @@ class ExpertBank(nn.Module):
         """
         starts, columns, rows, row_starts = self.expert_starts, self.columns, self.rows, self.row_starts
         if chosen is not None:
-            before = torch.cat([torch.zeros_like(chosen[:1], dtype=torch.int64), chosen.cumsum(0)])  # chosen below i
-            first = torch.tensor(starts[:-1], device=chosen.device).unsqueeze(1)
-            row_starts = (before[row_starts + first] - before[first]).to(torch.int32)
-            columns, rows, starts = columns[chosen], rows[chosen], before[torch.tensor(starts)].tolist()
+            chosen = chosen.cpu()
+            places, before = chosen.nonzero().squeeze(1), torch.zeros(len(chosen) + 1, dtype=torch.int64)
+            torch.cumsum(chosen, 0, out=before[1:])  # how many are chosen below each
+            first = torch.tensor(starts[:-1]).unsqueeze(1)
+            row_starts = (before[row_starts.cpu() + first] - before[first]).to(self.device, torch.int32)
+            places, starts = places.to(self.device), before[torch.tensor(starts)].tolist()
+            columns, rows = columns.index_select(0, places), rows.index_select(0, places)
         gradient = torch.zeros(starts[-1], dtype=self.delta.dtype, device=self.device)
 
         @torch.no_grad()
