@@ -5,7 +5,8 @@
 
 The plan is made anew from the run's own settings and decisions (threads, stretch, buffers in mapped files, resident
 copies) and from the rows that it read, by the functions that plan a run for its MEMORY_LIMIT. Model and data must still
-be where the run found them, and seconds are measured here, so they are comparable on the run's machine alone.
+be where the run found them. Planned seconds come from a few that are measured now: on the run's machine, with nothing
+else at work on it, or they compare nothing.
 
     measured GB   metrics.jsonl has the highest private memory of the run up to each event. What a phase itself reached
                   is known only where it raised that; else there is a bound, and the table says "at most". The whole
@@ -184,10 +185,9 @@ def plan_run(run: Run, measured: bool) -> Planned:
         resident=bool(chosen["resident"]), stretch_bytes=chosen.get("stretch_bytes") or STRETCH_BYTES,
         spilled=frozenset(chosen.get("mapped_buffers", ())),
     )  # fmt: skip
-    memory, seconds = memory_plan(shape, work, baseline), None
-    if measured and not on_device:
-        seconds = plan_seconds(session, shape, work)
-    return Planned(work, memory, seconds, differences(run, session, work, measured and on_device))
+    memory = memory_plan(shape, work, baseline)
+    seconds = plan_seconds(session, shape, work) if measured and not on_device else None
+    return Planned(work, memory, seconds, differences(run, session, work, measured))
 
 
 def plan_seconds(session: Session, shape: ModelShape, work: Work) -> dict[str, float]:
@@ -201,7 +201,7 @@ def plan_seconds(session: Session, shape: ModelShape, work: Work) -> dict[str, f
     return {time.name: time.each for time in time_plan(shape, rates, work, 1, 1, 1, 1)}
 
 
-def differences(run: Run, session: Session, work: Work, no_times: bool) -> list[str]:
+def differences(run: Run, session: Session, work: Work, times: bool) -> list[str]:
     """What stands between plan and run, beside errors of the plan."""
     notes = []
     if session.data_fingerprint != run.stored["data_fingerprint"]:
@@ -209,9 +209,9 @@ def differences(run: Run, session: Session, work: Work, no_times: bool) -> list[
     device = run.stored["device"]
     if session.backend.description != device["description"]:
         notes.append(f"the run was made on {device['description']}, and this is {session.backend.description}")
-    if no_times:
+    if times and work.on_device:
         notes.append(f"the run was made on {device['name']}, for which no times are planned")
-    if work.resident:
+    if times and work.resident and not work.on_device:
         notes.append("the run kept decoded copies of its experts; planned times decode them in every product")
     loads = sum(event.get("name") == "load" for event in run.events)
     if loads > 1:
@@ -257,13 +257,13 @@ class Line:
                 "seconds_within": self.seconds_within}  # fmt: skip
 
     def cells(self) -> list[str]:
-        planned, most = self.planned_bytes, self.most_bytes
+        planned, least, most = self.planned_bytes, self.least_bytes, self.most_bytes
+        seconds = (self.planned_seconds, self.measured_seconds, self.seconds_ratio)
         return [
             self.name, str(self.times), "-" if planned is None else f"{planned / 1e9:.2f}",
-            "-" if most is None else span(self.least_bytes, most, 1e9),
-            "-" if planned is None or most is None else span(self.least_bytes, most, planned), verdict(self.memory_within),
-            *("-" if s is None else f"{s:.2f}" for s in (self.planned_seconds, self.measured_seconds,
-                                                         self.seconds_ratio)), verdict(self.seconds_within),
+            "-" if most is None else span(least, most, 1e9),
+            "-" if planned is None or most is None else span(least, most, planned), verdict(self.memory_within),
+            *("-" if s is None else f"{s:.2f}" for s in seconds), verdict(self.seconds_within),
         ]  # fmt: skip
 
 
