@@ -213,6 +213,8 @@ def differences(run: Run, session: Session, work: Work, times: bool) -> list[str
         notes.append(f"the run was made on {device['name']}, for which no times are planned")
     if times and work.resident and not work.on_device:
         notes.append("the run kept decoded copies of its experts; planned times decode them in every product")
+    if run.settings.values.memory_limit is None:
+        notes.append("the run had no MEMORY_LIMIT: its allocator may have kept what was freed, which is not planned")
     loads = sum(event.get("name") == "load" for event in run.events)
     if loads > 1:
         notes.append(f"the run was made by {loads} processes")
