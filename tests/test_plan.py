@@ -179,6 +179,10 @@ def test_times_grow_with_what_they_are_of(planned: Plan) -> None:
     ].operations == pytest.approx(2 * base["prefix"].operations)
     assert "quantise" not in times(quantises=False)
     assert "prefix" not in times(start=0)
+    uncached = times(cached=False)
+    assert "prefix" not in uncached
+    for name, least in (("steps", 1.3), ("evaluations", 1.3), ("importance", 1.1)):  # its two frozen layers come along
+        assert uncached[name].operations > least * base[name].operations, name
     assert base["evaluations"].each == pytest.approx(base["evaluations"].seconds / 3)
 
 

@@ -414,6 +414,17 @@ class _Pass:
         touched = layer.activations.backward if training else layer.activations.working
         self.seconds += (4 if training else 3) * touched.at(tokens, 0) / rates.copy_bytes
 
+    def prefix(self, work: Work, tokens: int, all_tokens: int) -> None:
+        """Without a cache: tokens pass the frozen layers whenever they are needed, a chunk of their set at a time."""
+        if work.cached:
+            return
+        chunk = work.chunk_tokens(self.row, all_tokens)
+        one = _Pass(self.shape, self.rates, self.row)
+        for layer in self.shape.layers[: work.start]:
+            one.layer(layer, chunk, training=False)
+        self.seconds += one.seconds * tokens / chunk
+        self.operations += one.operations * tokens / chunk
+
     def head(self, tokens: int, chunk: int, gradient: bool) -> None:
         vocabulary, hidden = self.shape.head
         chunks = -(-tokens // max(1, chunk))
@@ -448,7 +459,7 @@ def quantise_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime
 
 def prefix_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
     frozen = shape.layers[: work.start]
-    if not frozen:
+    if not frozen or not work.cached:
         return []
     seconds = operations = disk = 0.0
     stored = sum(e.stored_bytes for e in all_experts(frozen))
@@ -468,6 +479,7 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
     tokens = work.importance_rows * work.train_row
     chunk = min(tokens, work.chunk_tokens(work.train_row, tokens))
     one = _Pass(shape, rates, work.train_row)
+    one.prefix(work, chunk, work.train_tokens)
     for layer in shape.layers[work.start :]:
         one.layer(layer, chunk, training=False)
         one.layer(layer, chunk, training=True)
@@ -482,6 +494,7 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
 
 def step_time(shape: ModelShape, rates: Rates, work: Work, steps: int) -> PhaseTime:
     one = _Pass(shape, rates, work.train_row)
+    one.prefix(work, work.step_tokens, work.train_tokens)
     for layer in shape.layers[work.start :]:
         one.layer(layer, work.step_tokens, training=True)
     one.head(work.step_tokens, work.head_chunk_tokens, gradient=True)
@@ -504,6 +517,7 @@ def reselect_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> li
 def evaluate_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> PhaseTime:
     chunk = work.chunk_tokens(work.eval_row, work.eval_tokens)
     one = _Pass(shape, rates, work.eval_row)
+    one.prefix(work, chunk, work.eval_tokens)
     for layer in shape.layers[work.start :]:
         one.layer(layer, chunk, training=False)
     one.head(chunk, work.head_chunk_tokens, gradient=False)
