@@ -22,7 +22,7 @@ KINDS = [(gate, bias) for gate in (True, False) for bias in (True, False)]
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """So many workers, however little there is to do."""
-    monkeypatch.setattr(workers, "LEAST_WORK", 1)
+    monkeypatch.setattr(workers, "LEAST_PART", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

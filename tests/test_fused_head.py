@@ -17,7 +17,7 @@ VOCAB, WIDTH, ROWS = 101, 24, 17
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(workers, "LEAST_WORK", 1)
+    monkeypatch.setattr(workers, "LEAST_PART", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

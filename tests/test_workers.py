@@ -64,11 +64,12 @@ def test_an_error_is_raised_after_all_have_finished(fails: int, two_threads: Non
 
 
 def test_little_work_stays_on_the_calling_thread(two_threads: None) -> None:
-    assert number_of_workers(1000) == 1
-    assert number_of_workers(10**12) == 2
+    assert number_of_workers(10**9, 1000) == 1
+    assert number_of_workers(10**12, 1000) == 2
+    assert number_of_workers(10**12, 1) == 1
     assert run_shares(lambda parts: threading.current_thread(), [[0, 1]]) == [threading.current_thread()]
 
 
 def test_where_threads_cannot_change_one_does_all(monkeypatch: pytest.MonkeyPatch, two_threads: None) -> None:
     monkeypatch.setattr(workers, "_threads_can_change", lambda: False)
-    assert number_of_workers(10**12) == 1
+    assert number_of_workers(10**12, 1000) == 1

@@ -109,6 +109,10 @@ class PairGradients:
         )  # fmt: skip
 
 
+COPYING_COSTS = 200
+"""What a gathered and turned element costs, in multiplications of a product."""
+
+
 class ExpertBank(nn.Module):
     """One projection (up or down) of all experts of a layer.
 
@@ -267,6 +271,6 @@ class ExpertBank(nn.Module):
         ]
         sizes = [pairs.starts[e + 1] - pairs.starts[e] for e in used]
         copied = sum(sizes) * (self.out_features + self.in_features)  # what the kernel turns feature-major
-        workers = number_of_workers(copied) if self.device.type == "cpu" else 1
+        workers = number_of_workers(COPYING_COSTS * copied, len(used)) if self.device.type == "cpu" else 1
         run_shares(lambda parts: work([used[i] for i in parts]), shares(sizes, workers))
         return gradient

@@ -39,9 +39,9 @@ class ExpertLayer:
     def shares(self, routing: Routing) -> list[list[int]]:
         """The experts that each worker takes: by their tokens, and by what decoding costs whatever the tokens."""
         used = list(routing.used())
+        sizes = [DECODING_COSTS_TOKENS + end - first for _, first, end in used]
         weights = self.up.expert_size + self.down.expert_size
-        workers = min(number_of_workers(weights * len(routing.token_P)), max(1, len(used)))
-        taken = shares([DECODING_COSTS_TOKENS + end - first for _, first, end in used], workers)
+        taken = shares(sizes, number_of_workers(weights * sum(sizes), len(used)))
         return [[used[i][0] for i in parts] for parts in taken]
 
     def buffer(self) -> Tensor:

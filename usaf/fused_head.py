@@ -107,8 +107,7 @@ def _spans(head: FrozenLinear) -> Iterator[tuple[int, int]]:
 
 def _shares(head: FrozenLinear, hidden: Tensor) -> list[list[int]]:
     sizes = [end - first for first, end in _spans(head)]
-    workers = min(len(sizes), number_of_workers(len(hidden) * head.in_features * head.out_features))
-    return shares(sizes, workers)
+    return shares(sizes, number_of_workers(len(hidden) * head.in_features * head.out_features, len(sizes)))
 
 
 def _buffer(head: FrozenLinear) -> Tensor:

@@ -268,7 +268,7 @@ def grow_candidates(bank: ExpertBank, pairs: Sequence[PairGradients], kept: Tens
 def _for_each_expert(bank: ExpertBank, pairs: Sequence[PairGradients], work: Callable[[int], None]) -> None:
     """`work(e)` for every expert, on the CPU by several threads (`workers`)."""
     tokens = [sum(p.starts[e + 1] - p.starts[e] for p in pairs) for e in range(bank.num_experts)]
-    workers = number_of_workers(sum(tokens) * bank.expert_size) if bank.device.type == "cpu" else 1
+    workers = number_of_workers(sum(tokens) * bank.expert_size, len(tokens)) if bank.device.type == "cpu" else 1
 
     @torch.no_grad()
     def share(experts: list[int]) -> None:

@@ -267,7 +267,7 @@ class Trainer:
         # Finding candidates keeps every core busy by itself; what follows sorts, on one, a tensor at a time each.
         sizes = [self.banks[name].delta.numel() for name in names]
         on_cpu = self.model.backend.device.type == "cpu"
-        workers = min(RESELECTED_AT_ONCE, number_of_workers(SORTING_PASSES * sum(sizes))) if on_cpu else 1
+        workers = min(RESELECTED_AT_ONCE, number_of_workers(SORTING_PASSES * sum(sizes), len(sizes))) if on_cpu else 1
         exchanged = sum(run_shares(work, shares(sizes, workers)))
         for name in names:
             self.captured[name] = []
