@@ -47,3 +47,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from runs import World
 
     return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """So many threads share work (`usaf.workers`), however little there is to do."""
+    import torch  # after the environment above is set
+
+    from usaf import workers
+
+    monkeypatch.setattr(workers, "LEAST_PART", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

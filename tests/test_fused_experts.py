@@ -5,28 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from test_experts import Layer, experts_with, inputs_of, with_gradients
 
-from usaf import experts, fused_experts, workers
+from usaf import experts, fused_experts
 from usaf.expert_bank import ExpertBank
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 KINDS = [(gate, bias) for gate in (True, False) for bias in (True, False)]
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """So many workers, however little there is to do."""
-    monkeypatch.setattr(workers, "LEAST_PART", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def layer_with(gate: bool, bias: bool) -> Layer:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usaf import fused_head, workers
+from usaf import fused_head
 from usaf.linear import FrozenLinear
 
 VOCAB, WIDTH, ROWS = 101, 24, 17
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(workers, "LEAST_PART", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def head_of(dtype: torch.dtype, bias: bool) -> FrozenLinear:
