@@ -24,6 +24,7 @@ from torch import Tensor
 
 from usaf.expert_bank import ExpertBank, PairGradients, Routing
 from usaf.workers import number_of_workers, run_shares, shares
+from usaf.workspace import own_pages
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,25 @@ class Capture:
 
     @classmethod
     def of(cls, layer: ExpertLayer, h_P: Tensor) -> Capture:
-        pairs = len(h_P)
         return cls(
-            torch.empty_like(h_P) if layer.up.captured is not None else None,
-            torch.empty(pairs, layer.down.in_features) if layer.down.captured is not None else None,
+            own_pages(tuple(h_P.shape)) if layer.up.captured is not None else None,
+            own_pages((len(h_P), layer.down.in_features)) if layer.down.captured is not None else None,
         )
 
     def hand_over(self, layer: ExpertLayer, routing: Routing, x: Tensor, g: Tensor, grad_out: Tensor) -> None:
+        if self.dh_P is None and self.a_P is None:
+            return
+        token, starts = _outliving(routing.token_P), routing.starts
         if layer.up.captured is not None and self.dh_P is not None:
-            layer.up.captured.append(PairGradients(x.detach(), routing.token_P, self.dh_P, None, None, routing.starts))
+            layer.up.captured.append(PairGradients(_outliving(x), token, self.dh_P, None, None, starts))
         if layer.down.captured is not None and self.a_P is not None:
-            layer.down.captured.append(PairGradients(self.a_P, None, grad_out, routing.token_P, g, routing.starts))
+            grad_out, g = _outliving(grad_out), _outliving(g)
+            layer.down.captured.append(PairGradients(self.a_P, None, grad_out, token, g, starts))
+
+
+def _outliving(tensor: Tensor) -> Tensor:
+    """A copy that may stay when the step has gone (`own_pages`)."""
+    return own_pages(tuple(tensor.shape), tensor.dtype).copy_(tensor.detach())
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ middle of a product. On Linux and macOS it loses its name at once: the space com
 the process, however that ends, and what is given up is never written. Windows cannot remove a mapped file, so there
 it goes when the workspace is closed, and what a killed process left goes with the next workspace in that folder.
 
-The values are the same to the bit; only where they lie differs.
+The values are the same to the bit; only where they lie differs. `own_pages` is private memory all the same, but beside
+the allocator's heap.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import secrets
 from contextlib import suppress
@@ -24,6 +26,22 @@ from usaf.files import FULL_DISK, lock, remove_abandoned
 NAME = "workspace"
 SMALLEST_BYTES = 1 << 20
 """Tensors below this stay in private memory: a file each is not worth it."""
+SMALLEST_OWN_BYTES = 1 << 14
+"""The same for pages of their own."""
+
+
+def own_pages(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the host for what outlives the step that makes it; what is in it is not defined.
+
+    Its pages go back to the system with it. Among what a step allocates and frees, such tensors, the small ones above
+    all, would leave holes that glibc keeps: 1.1 GB of a full-size run (docs/decisions.md).
+    """
+    count = torch.Size(shape).numel()
+    size = count * dtype.itemsize
+    if size < SMALLEST_OWN_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    flags = {} if os.name == "nt" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}  # shared pages are the default
+    return torch.frombuffer(mmap.mmap(-1, size, **flags), dtype=dtype, count=count).view(shape)
 
 
 class Memory:

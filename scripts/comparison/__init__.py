@@ -1,0 +1,1 @@
+"""The parts of `compare_methods.py`: what all arms share, the arms, and the report."""

@@ -1,0 +1,454 @@
+"""The arms of a comparison, and one run of one of them, from the model to a dictionary of figures.
+
+    none, full, attention-only and expert LoRA, QLoRA, DoRA      transformers and PEFT (`dense`)
+    usaf*                                                        the product itself, by its settings
+    random, earlier, and every ablation that is no setting       masked dense weights (`lab`)
+
+Ranks follow the budget: an adapter gets the rank whose weights come closest to what USAF trains, its routers included,
+and at least 1.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from comparison.bed import (
+    Bed,
+    Loads,
+    dense_model,
+    evaluate_dense,
+    routing_figures,
+    tokens_of,
+)
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("gate_up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """family: who trains it. guess: the learning rate in whose neighbourhood the sweep begins."""
+
+    family: str
+    guess: float
+    about: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def usaf(about: str, guess: float = 5e-3, **settings: Any) -> Arm:
+    return Arm("usaf", guess, about, {name: str(value) for name, value in settings.items()})
+
+
+def lab(about: str, guess: float = 5e-3, **recipe: Any) -> Arm:
+    return Arm("lab", guess, about, recipe)
+
+
+def peft(about: str, guess: float, **options: Any) -> Arm:
+    return Arm("peft", guess, about, options)
+
+
+ARMS: dict[str, Arm] = {
+    "none": Arm("none", 0.0, "no training"),
+    "full": Arm("full", 1e-3, "full fine-tuning of the trained layers, fp32 base; everything where all layers train"),
+    "lora-experts": peft("LoRA on the experts", 5e-3, targets=("experts",)),
+    "lora-experts-attention": peft("LoRA on experts and attention", 5e-3, targets=("experts", "attention")),
+    "lora-attention": peft("LoRA on attention alone", 5e-3, targets=("attention",)),
+    "lora-bytes": peft("LoRA on the experts, rank by USAF's bytes on disk", 5e-3, targets=("experts",), budget="bytes"),
+    "qlora": peft("LoRA on experts and attention, on the 4-bit base, saved in bf16", 5e-3,
+                  targets=("experts", "attention"), base="hqq4", bf16=True),
+    "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
+    "usaf": usaf("the product with its defaults"),
+    "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
+    "usaf-frozen-router": usaf("routers frozen", ROUTER_LR=0),
+    "random": lab("random weights, never reselected", score="random", reselect_every=0),
+    "router": lab("routers alone, at the arm's rate", 1e-3, sparse=(), router_only=True),
+    "earlier": lab("the earlier tool's recipe", 1e-3, base="minmax4", samples=1, drop_by="weight", moments="reset",
+                   capture_steps=1, reselect_until=1.0, router_optimizer="sgd16"),
+}  # fmt: skip
+"""Those of the main table; `ABLATIONS` has the others."""
+
+ABLATIONS: dict[str, Arm] = {
+    "lab": lab("the product's method on dense weights: the judge of the product, and the others' baseline"),
+    "lab-original": lab("on the unquantised base", base="original"),
+    # which weights
+    "lab-samples-2": lab("importance from 2 sequences", samples=2),
+    "lab-samples-16": lab("importance from 16 sequences", samples=16),
+    "lab-samples-256": lab("importance from 256 sequences", samples=256),
+    "lab-square": lab("importance by mean squared gradients", score="square"),
+    "lab-magnitude": lab("importance by |weight|", score="magnitude"),
+    "lab-global": lab("one budget for all tensors", scope="all"),
+    "lab-routed": lab("only the most routed quarter of experts", routed_share=0.25),
+    "lab-least-share": lab("no expert under half of its even share of tokens", least_share=0.5),
+    "lab-neurons": lab("whole neurons: gate row, up row, down column", neurons=True, reselect_every=0),
+    "lab-down": lab("down projections alone", sparse=("down",)),
+    "lab-up": lab("gate and up projections alone", sparse=("up",)),
+    # reselection
+    "lab-static": lab("never reselected", reselect_every=0),
+    "lab-zero-moments": lab("grown weights start with zero moments", moments="zero"),
+    "lab-reset": lab("all moments forgotten at a reselection", moments="reset"),
+    "lab-drop-weight": lab("the smallest |weight| is dropped", drop_by="weight"),
+    "lab-drop-10": lab("10% dropped at first", drop_fraction=0.1),
+    "lab-drop-50": lab("50% dropped at first", drop_fraction=0.5),
+    "lab-every-10": lab("reselected every 10 steps", reselect_every=10),
+    "lab-every-25": lab("reselected every 25 steps", reselect_every=25),
+    "lab-until-80": lab("reselected in the first 80% of the steps", reselect_until=0.8),
+    "lab-capture-1": lab("candidates from 1 step", capture_steps=1),
+    "lab-capture-16": lab("candidates from 16 steps", capture_steps=16),
+    # routers
+    "lab-router-0": lab("routers frozen", router_rate=0.0),
+    "lab-router-1e-3": lab("routers at 1e-3", router_rate=1e-3),
+    "lab-router-3e-3": lab("routers at 3e-3", router_rate=3e-3),
+    "lab-router-dense": lab("dense router gradient", router_gradient="dense"),
+    "lab-router-dense-1e-3": lab("dense router gradient at 1e-3", router_gradient="dense", router_rate=1e-3),
+    "lab-router-warmup": lab("routers alone for 20 steps", router_warmup=20),
+    "lab-gumbel": lab("Gumbel noise of 0.3 on the routing", gumbel=0.3),
+    "lab-balance": lab("load-balancing loss of 1e-3", balance=1e-3),
+    # what else trains
+    "lab-low-rank": lab("half of the budget in LoRA of rank 1", low_rank=1, share=0.5),
+    "lab-attention": lab("the budget spent on experts and attention", sparse=("experts", "attention")),
+    "lab-attention-global": lab("one budget for experts and attention", sparse=("experts", "attention"), scope="all"),
+    "lab-norms": lab("and every norm", whole=("router", "norms")),
+    "lab-all-global": lab("one budget for experts, attention, embeddings", sparse=("experts", "attention", "embedding"),
+                          scope="all"),
+    "lab-8bit": lab("moments in 8 bits", eight_bit=True),
+}  # fmt: skip
+"""Each differs from `lab` in one thing."""
+
+EVERY = {**ARMS, **ABLATIONS}
+
+
+def run_arm(bed: Bed, name: str, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
+    """One run. further: settings of USAF that every arm shares."""
+    from usaf.memory import PeakMemory
+
+    began = time.perf_counter()
+    memory = PeakMemory()
+    start = memory.private
+    arm = EVERY[name]
+    work: dict[str, Callable[..., dict[str, Any]]] = {
+        "none": run_none, "full": run_full, "peft": run_peft, "usaf": run_usaf, "lab": run_lab,
+    }  # fmt: skip
+    figures = work[arm.family](bed, arm, rate, seed, further)
+    memory.stop()
+    return {
+        "arm": name, "family": arm.family, "options": bed.describe(), "rate": rate, "seed": seed, "note": arm.about,
+        "seconds": time.perf_counter() - began, "peak_private_bytes": memory.private - start, **figures,
+    }  # fmt: skip
+
+
+def expert_names(session: Any) -> list[str]:
+    return list(session.checkpoint.expert_parameters())
+
+
+def trained_blocks(session: Any) -> list[str]:
+    """Experts modules of the trained layers."""
+    return [n for n in expert_names(session) if int(n.split(".layers.")[1].split(".")[0]) >= session.start]
+
+
+def budget_of(bed: Bed, session: Any) -> int:
+    """Weights that USAF trains: FRAC of every expert tensor of the trained layers, and their routers."""
+    config = session.checkpoint.config.get_text_config()
+    shapes = expert_shapes(session)
+    blocks = trained_blocks(session)
+    routers = len(blocks) * shapes[blocks[0]][0][0] * config.hidden_size
+    return routers + sum(max(1, int(math.prod(s) * bed.frac)) for n in blocks for s in shapes[n])
+
+
+def expert_shapes(session: Any) -> dict[str, list[tuple[int, int, int]]]:
+    """Experts module -> the shapes of its two tensors."""
+    from usaf.expert_store import shapes_of
+
+    shapes = shapes_of(session.checkpoint)
+    return {name: [shapes[t] for t in targets] for name, targets in session.checkpoint.expert_parameters().items()}
+
+
+# ---- dense arms -----------------------------------------------------------------------------------------------------
+
+
+def seeded_session(bed: Bed, seed: int, further: dict[str, str]) -> Any:
+    import torch
+
+    session = bed.session(seed, further)
+    torch.manual_seed(seed)
+    return session
+
+
+def judged(bed: Bed, session: Any, model: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """(NLL by set, tokens of each expert) of a dense model."""
+    with Loads(model, trained_blocks(session)) as loads:
+        nll = evaluate_dense(model, bed.rows(session))
+    return nll, loads.counts
+
+
+def run_none(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
+    """What every base gives before any training."""
+    session = seeded_session(bed, seed, further)
+    bases = {base: evaluate_dense(dense_model(bed, session, base), bed.rows(session))
+             for base in ("original", "hqq4", "minmax4")}  # fmt: skip
+    return {
+        "trainable_parameters": 0, "artifact_bytes": 0, "nll": bases["original"], "before": bases["original"],
+        "start": bases["original"], "bases": bases, "tokens": tokens_of(bed.rows(session)),
+    }  # fmt: skip
+
+
+def dense_figures(bed: Bed, session: Any, model: Any, train: Callable[[], Any]) -> dict[str, Any]:
+    """Train between two evaluations."""
+    start, loads = judged(bed, session, model)
+    trained = train()
+    nll, after = judged(bed, session, model)
+    return {
+        "start": start, "nll": nll, "routing": routing_figures(loads, after), "losses": trained.losses,
+        "step_seconds": trained.step_seconds, "diverged": trained.diverged, "tokens": tokens_of(bed.rows(session)),
+    }  # fmt: skip
+
+
+def run_full(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
+    from comparison.dense import Unit, train
+
+    assert rate is not None
+    session = seeded_session(bed, seed, further)
+    model = dense_model(bed, session, "original")
+    model.requires_grad_(False)
+    chosen = {
+        n: p for n, p in model.named_parameters()
+        if bed.train_from == 0 or (".layers." in n and int(n.split(".layers.")[1].split(".")[0]) >= bed.train_from)
+    }  # fmt: skip
+    original = {n: p.detach().clone() for n, p in chosen.items()}
+    units = [Unit(n, p) for n, p in chosen.items()]
+    figures = dense_figures(bed, session, model, lambda: train(model, session, units, rate))
+    size = sum(p.numel() for p in chosen.values())
+    with tempfile.TemporaryDirectory() as folder:
+        from safetensors.torch import load_file, save_file
+
+        path = Path(folder) / "full.safetensors"
+        save_file({n: p.detach().contiguous() for n, p in chosen.items()}, path)
+        fresh = dense_model(bed, session, "original")
+        fresh.load_state_dict(load_file(path), strict=False)
+        figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
+        bytes_ = path.stat().st_size
+    moved = experts_moved({n: (p.detach() - original[n]) for n, p in chosen.items() if p.dim() == 3})
+    return {**figures, **moved, "trainable_parameters": size, "artifact_bytes": bytes_}
+
+
+def experts_moved(changes: dict[str, Any]) -> dict[str, int]:
+    """Experts with a changed weight. changes: fused tensor [E, out, in] -> its change."""
+    touched: dict[str, Any] = {}
+    for name, change in changes.items():
+        block = name.rpartition(".")[0]
+        here = change.reshape(len(change), -1).ne(0).any(1)
+        touched[block] = here | touched[block] if block in touched else here
+    return {
+        "experts": sum(len(t) for t in touched.values()),
+        "experts_moved": int(sum(t.sum() for t in touched.values())),
+    }
+
+
+def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any, int]:
+    """(PEFT's configuration for an arm, its rank)."""
+    from peft import LoraConfig
+
+    blocks = trained_blocks(session)
+    shapes = expert_shapes(session)
+    config = session.checkpoint.config.get_text_config()
+    per_rank, modules, parameters = 0, [], []
+    if "experts" in options["targets"]:
+        parameters = [f"{b}.{p}" for b in blocks for p in EXPERTS]
+        per_rank += sum(e * (o + i) for b in blocks for e, o, i in shapes[b])
+    if "attention" in options["targets"]:
+        layers = [b.rpartition(".mlp")[0] for b in blocks]
+        modules = [f"{layer}.self_attn.{p}" for layer in layers for p in ATTENTION]
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        wide, narrow = config.num_attention_heads * head, config.num_key_value_heads * head
+        per_rank += len(layers) * (2 * (config.hidden_size + wide) + 2 * (config.hidden_size + narrow))
+    budget = budget_of(bed, session)
+    if options.get("budget") == "bytes":  # 8 bytes a weight of ours, 4 of an adapter's
+        budget *= 2
+    rank = options.get("rank") or max(1, round(budget / per_rank))
+    shared: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    if parameters:
+        shared["target_parameters"] = parameters
+    return LoraConfig(**shared, target_modules=modules, use_dora=options.get("dora", False)), rank
+
+
+def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
+    import torch
+    from peft import PeftModel, get_peft_model
+
+    from comparison.dense import Unit, train
+
+    assert rate is not None
+    session = seeded_session(bed, seed, further)
+    base = arm.options.get("base", "original")
+    config, rank = adapter_config(bed, session, arm.options)
+    model: Any = get_peft_model(dense_model(bed, session, base), config)
+    units = [Unit(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    figures = dense_figures(bed, session, model, lambda: train(model, session, units, rate))
+    with tempfile.TemporaryDirectory() as folder:
+        if arm.options.get("bf16"):
+            for unit in units:
+                unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
+        model.save_pretrained(folder)
+        fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)  # type: ignore[arg-type]
+        figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
+        size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    shapes = expert_shapes(session)
+    experts = {n: shapes[n][0][0] for n in trained_blocks(session)}
+    return {
+        **figures, "trainable_parameters": sum(u.numel for u in units), "artifact_bytes": size,
+        "experts": sum(experts.values()), "experts_moved": moved_by_adapter(units, experts),
+        "note": f"{arm.about}; rank {rank}",
+    }  # fmt: skip
+
+
+def moved_by_adapter(units: list[Any], experts_of: dict[str, int]) -> int:
+    """Experts whose part of an adapter is not zero any more; B begins at zero.
+
+    units: the trained tensors; experts_of: experts module -> its experts. PEFT keeps one B [out, rank * E] a fused
+    tensor, the columns of an expert E apart.
+    """
+    touched: dict[str, Any] = {}
+    for unit in units:
+        block = next((b for b in experts_of if b in unit.name), None)
+        if block is not None and "lora_B" in unit.name:
+            b = unit.parameter.detach()
+            here = b.reshape(len(b), -1, experts_of[block]).ne(0).any(0).any(0)
+            touched[block] = here | touched[block] if block in touched else here
+    return int(sum(t.sum() for t in touched.values()))
+
+
+# ---- the product ----------------------------------------------------------------------------------------------------
+
+
+def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
+    """A run of the product's own parts, as `job` puts them together."""
+    from usaf.delta import load_delta, save_delta
+    from usaf.session import apply_delta, load
+
+    settings = {**further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
+    with tempfile.TemporaryDirectory() as folder:
+        settings["PREFIX_CACHE_DIR"] = folder  # runs beside this one have their own
+        session = seeded_session(bed, seed, settings)
+        load(session)
+        start, loads = judged_by_product(bed, session)
+        trainer, figures = train_product(session)
+        nll, after = judged_by_product(bed, session)
+        delta, path = trainer.delta({}), Path(folder) / "delta.safetensors"
+        size = save_delta(path, delta)
+        fresh = seeded_session(bed, seed, settings)
+        load(fresh)
+        apply_delta(fresh, load_delta(path), path)
+        reloaded, _ = judged_by_product(bed, fresh)
+    return {
+        **figures, "start": start, "nll": nll, "reloaded": reloaded, "routing": routing_figures(loads, after),
+        "artifact_bytes": size, "tokens": tokens_of(bed.rows(session)),
+    }  # fmt: skip
+
+
+def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
+    """(the trainer at its end, figures)."""
+    from usaf.delta import experts_moved as moved_by_delta
+    from usaf.importance import find_important
+    from usaf.session import fill_all
+    from usaf.trainer import Trainer
+
+    values, order, rows = session.settings.values, session.order, session.data.train
+    states = session.boundary(rows, order.chunks)
+    fill_all([states])
+    trainer = Trainer(session.model, states, rows, order, values, values.steps)
+    samples = first_rows(order, min(values.importance_samples, len(rows)))
+    began = time.perf_counter()
+    found = find_important(
+        session.model, states, rows, samples, values.frac, session.chunk_rows(rows), values.head_chunk_tokens,
+        lambda _: None,
+    )  # fmt: skip
+    importance_seconds = time.perf_counter() - began
+    trainer.activate(found.active)
+    losses: list[float] = []
+    seconds: list[float] = []
+    turnover: list[float] = []
+
+    def after_step(result: Any, reselection: Any) -> bool:
+        losses.append(result.loss)
+        seconds.append(result.seconds)
+        turnover.extend([] if reselection is None else [reselection.turnover])
+        return True
+
+    trainer.run(after_step)
+    moved = moved_by_delta(trainer.delta({}), {n: b.expert_size for n, b in trainer.banks.items()})
+    routers = sum(w.numel() for w in trainer.router_weights.values())
+    return trainer, {
+        "losses": losses, "step_seconds": sorted(seconds)[len(seconds) // 2],
+        "diverged": not math.isfinite(losses[-1]), "trainable_parameters": trainer.active_parameters() + routers,
+        "half_overlap": found.half_overlap, "importance_seconds": importance_seconds, "turnover": turnover,
+        "experts": sum(b.num_experts for b in trainer.banks.values()) // 2, "experts_moved": sum(moved.values()),
+    }  # fmt: skip
+
+
+def first_rows(order: Any, count: int) -> list[int]:
+    """The first rows of the run's order, each once."""
+    rows: dict[int, None] = {}
+    index = 0
+    while len(rows) < count:
+        rows.update(dict.fromkeys(order.micro_batch(index)))
+        index += 1
+    return list(rows)[:count]
+
+
+def judged_by_product(bed: Bed, session: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """As `judged`, by USAF's own evaluation; loads are those of the trained layers."""
+    from usaf.evaluation import evaluate
+    from usaf.prefix import chunked
+    from usaf.session import fill_all
+
+    nll = {}
+    head = session.settings.values.head_chunk_tokens
+    with Loads(session.model.model, trained_blocks(session)) as loads:
+        for name, rows in bed.rows(session).items():
+            states = session.boundary(rows, chunked(len(rows), session.chunk_rows(rows)))
+            fill_all([states])
+            nll[name] = evaluate(session.model, states, name, head, lambda _: None).loss
+    return nll, loads.counts
+
+
+# ---- masked dense weights -------------------------------------------------------------------------------------------
+
+
+def run_lab(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
+    from comparison.lab import Lab, Recipe
+
+    assert rate is not None
+    options = dict(arm.options)
+    router_only = options.pop("router_only", False)
+    recipe = Recipe(**options)
+    if router_only:
+        recipe = replace(recipe, router_rate=rate)
+    session = seeded_session(bed, seed, further)
+    model: Any = dense_model(bed, session, recipe.base)
+    if recipe.low_rank:
+        from peft import get_peft_model
+
+        config, _ = adapter_config(bed, session, {"targets": ("experts",), "rank": recipe.low_rank})
+        model = get_peft_model(model, config)
+    trial = Lab(model, session, recipe, rate)
+    trial.prepare()
+    figures = dense_figures(bed, session, model, trial.run)
+    size = sum(u.numel for u in trial.units)
+    changes = {}
+    for unit in trial.sparse:
+        if unit.parameter.dim() == 3 and unit.active is not None:
+            import torch
+
+            change = torch.zeros(unit.parameter.numel())
+            change[unit.active] = unit.delta
+            changes[unit.name] = change.view(unit.parameter.shape)
+    active = sum(u.numel for u in trial.sparse)
+    return {
+        **figures, **experts_moved(changes), "trainable_parameters": size,
+        "artifact_bytes": 8 * active + 4 * (size - active), "reloaded": None,
+    }  # fmt: skip

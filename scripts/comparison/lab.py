@@ -1,0 +1,357 @@
+"""Variants of the method on dense weights: every option that an ablation needs, in its plainest form.
+
+A `Recipe` says which tensors train, at which entries, and how these move. What earns its place here is then built into
+USAF itself, and what does not stays an option of this file and a line in the results. `dense` has the loop.
+
+Sources: drop the smallest |delta| and seed moments, SpIEL (Ansell et al. 2024); |mean gradient|, SPEFT
+(arXiv 2412.13488); most-routed experts, MoE-Sieve (arXiv 2603.24044); sparse plus low-rank, RoSA (Nikdan et al. 2024);
+the router's dense gradient, DenseMixer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comparison.bed import Loads, batch_loss
+from comparison.dense import Trained, Unit, train
+from usaf.optimizer import Adam
+from usaf.selection import drop_fraction_at
+from usaf.session import Session
+
+EIGHT_BIT_BLOCK = 256  # moments that share a scale
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The default is USAF's method as the product has it."""
+
+    base: str = "hqq4"
+    sparse: tuple[str, ...] = ("experts",)  # groups of tensors whose best entries train, see `GROUPS`
+    whole: tuple[str, ...] = ("router",)  # groups that train whole
+    score: str = "gradient"  # random, magnitude, square (mean of squared gradients of sequences)
+    scope: str = "tensor"  # the k best of each tensor; "all": of all tensors together
+    samples: int = 64
+    neurons: bool = False  # gate row, up row and down column of a neuron are chosen together
+    routed_share: float = 1.0  # only this share of a layer's experts, the most routed
+    least_share: float = 0.0  # no expert that gets less than this part of an even share of the tokens
+    reselect_every: int = 50
+    reselect_until: float = 0.6
+    drop_fraction: float = 0.2
+    drop_by: str = "delta"  # "weight"
+    capture_steps: int = 4
+    moments: str = "seeded"  # "zero"; "reset": of all weights, as the earlier tool did
+    eight_bit: bool = False
+    router_rate: float | None = None  # None: the run's ROUTER_LR
+    router_optimizer: str = "adam"  # "sgd16": in fp16, as the earlier tool did
+    router_gradient: str = "topk"  # "dense"
+    router_warmup: int = 0  # first steps that train the router alone
+    gumbel: float = 0.0  # routing noise while training
+    balance: float = 0.0  # weight of the load-balancing loss
+    low_rank: int = 0  # rank of an adapter on the experts, at the arm's rate times low_rank_factor
+    low_rank_factor: float = 1.0
+    share: float = 1.0  # of the active weights that FRAC gives, the rest of the budget going to other groups
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "down": ("mlp.experts.down_proj",),
+    "up": ("mlp.experts.gate_up_proj",),
+    "attention": ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+    "router": ("mlp.gate.weight",),
+    "norms": ("norm.weight",),
+    "embedding": ("embed_tokens.weight", "lm_head.weight"),
+}
+
+
+def group(model: nn.Module, name: str, first_layer: int) -> dict[str, nn.Parameter]:
+    """The parameters of a group, in the trained layers or outside the layers."""
+    found = {}
+    for full, parameter in model.named_parameters():
+        plain = full.replace(".base_layer", "").replace(".parametrizations", "").removesuffix(".original")
+        if not plain.endswith(GROUPS[name]) or "lora_" in full:
+            continue
+        layer = int(plain.split(".layers.")[1].split(".")[0]) if ".layers." in plain else None
+        if layer is None or layer >= first_layer:
+            found[full] = parameter
+    return found
+
+
+class Lab:
+    """One training by a recipe."""
+
+    def __init__(self, model: nn.Module, session: Session, recipe: Recipe, rate: float) -> None:
+        self.model, self.session, self.recipe, self.rate = model, session, recipe, rate
+        self.values = session.settings.values
+        self.generator = torch.Generator().manual_seed(self.values.seed)
+        self.units: list[Unit] = []
+        self.sparse: list[Unit] = []
+        model.requires_grad_(False)
+
+    def prepare(self) -> None:
+        """Choose what trains."""
+        recipe, first = self.recipe, self.session.start
+        sparse = {n: p for g in recipe.sparse for n, p in group(self.model, g, first).items()}
+        whole = {n: p for g in recipe.whole for n, p in group(self.model, g, first).items()}
+        active = self.choose(sparse)
+        self.sparse = [Unit(name, parameter, active[name]) for name, parameter in sparse.items()]
+        router_rate = recipe.router_rate if recipe.router_rate is not None else self.values.router_lr
+        self.units = self.sparse + [
+            Unit(name, parameter, rate=router_rate if name.endswith("gate.weight") else None)
+            for name, parameter in whole.items()
+        ]
+        adapters = {n: p for n, p in self.model.named_parameters() if "lora_" in n}
+        self.units += [Unit(n, p, factor=recipe.low_rank_factor) for n, p in adapters.items()]
+        if recipe.router_optimizer == "sgd16":
+            for unit in self.units:
+                if unit.name.endswith("gate.weight"):
+                    unit.update = partial(sgd16, unit)  # type: ignore[method-assign]
+
+    # -- choosing ------------------------------------------------------------------------------------------------------
+
+    def choose(self, tensors: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Parameter name -> sorted flat indices."""
+        recipe = self.recipe
+        scores = self.scores(tensors)
+        if recipe.routed_share < 1 or recipe.least_share > 0:
+            self.leave_out_experts(scores)
+        if recipe.neurons:
+            return self.choose_neurons(scores)
+        # The budget is FRAC of the experts, whichever tensors it is spent on.
+        numel = {n: p.numel() for n, p in tensors.items()}
+        experts = sum(p.numel() for p in group(self.model, "experts", self.session.start).values())
+        budget = int(self.values.frac * recipe.share * experts)
+        if recipe.scope == "all":
+            flat = torch.cat([s.reshape(-1) for s in scores.values()])
+            least = flat.kthvalue(len(flat) - budget + 1).values
+            return {n: (s.reshape(-1) >= least).nonzero().squeeze(1) for n, s in scores.items()}
+        total = sum(numel.values())
+        return {n: best(s, max(1, budget * numel[n] // total)) for n, s in scores.items()}
+
+    def scores(self, tensors: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        recipe = self.recipe
+        if recipe.score == "random":
+            return {n: torch.rand(p.shape, generator=self.generator) for n, p in tensors.items()}
+        if recipe.score == "magnitude":
+            return {n: p.detach().abs() for n, p in tensors.items()}
+        for parameter in tensors.values():
+            parameter.requires_grad_(True)
+        total = {n: torch.zeros_like(p) for n, p in tensors.items()}
+        for rows in self.sample_rows():
+            self.model.zero_grad(set_to_none=True)
+            batch_loss(self.model, self.session.data.train.batch(rows)).backward()
+            for n, p in tensors.items():
+                if p.grad is not None:
+                    total[n] += p.grad.square() if recipe.score == "square" else p.grad
+        self.model.zero_grad(set_to_none=True)
+        for parameter in tensors.values():
+            parameter.requires_grad_(False)
+        return {n: t.abs() for n, t in total.items()}
+
+    def sample_rows(self) -> Iterable[list[int]]:
+        """The first rows of the run's order, a few at a time."""
+        order = self.session.order
+        assert order is not None
+        width = 1 if self.recipe.score == "square" else self.values.microbatch
+        rows = [r for i in range(-(-self.recipe.samples // self.values.microbatch)) for r in order.micro_batch(i)]
+        rows = rows[: self.recipe.samples]
+        return [rows[i : i + width] for i in range(0, len(rows), width)]
+
+    def leave_out_experts(self, scores: dict[str, Tensor]) -> None:
+        """Scores of the experts that do not train become -1."""
+        blocks = sorted({n.rpartition(".")[0] for n in scores})
+        with torch.no_grad(), Loads(self.model, blocks) as loads:
+            for rows in self.sample_rows():
+                batch_loss(self.model, self.session.data.train.batch(rows))
+        for name, score in scores.items():
+            counts = loads.counts[name.rpartition(".")[0]]
+            keep = max(1, math.ceil(self.recipe.routed_share * len(counts)))
+            allowed = torch.zeros(len(counts), dtype=torch.bool)
+            allowed[counts.argsort(descending=True)[:keep]] = True
+            allowed &= counts >= self.recipe.least_share * counts.sum() / len(counts)
+            score[~allowed] = -1.0
+
+    def choose_neurons(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of every layer the neurons with the largest summed score, whole; as many weights as FRAC gives."""
+        chosen = {}
+        for name in [n for n in scores if n.endswith("gate_up_proj")]:
+            down = name.replace("gate_up_proj", "down_proj")
+            up_score, down_score = scores[name], scores[down]
+            experts, double, hidden = up_score.shape
+            inner = double // 2
+            by_neuron = up_score[:, :inner].sum(2) + up_score[:, inner:].sum(2) + down_score.sum(1)
+            budget = int(self.values.frac * self.recipe.share * (up_score.numel() + down_score.numel()))
+            neurons = best(by_neuron, max(1, budget // (3 * hidden)))
+            mask_up, mask_down = torch.zeros_like(up_score), torch.zeros_like(down_score)
+            e, j = neurons // inner, neurons % inner
+            mask_up[e, j] = mask_up[e, j + inner] = 1
+            mask_down[e, :, j] = 1
+            chosen[name] = mask_up.view(-1).nonzero().squeeze(1)
+            chosen[down] = mask_down.view(-1).nonzero().squeeze(1)
+        return chosen
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Trained:
+        recipe = self.recipe
+        undo: list[Callable[[], None]] = []
+        if recipe.gumbel > 0:
+            undo += add_gumbel(self.model, recipe.gumbel, self.generator)
+        if recipe.router_gradient == "dense":
+            undo += add_dense_gradient(self.model)
+        units = self.units
+        trained = train(self.model, self.session, units, self.rate, self.capture, self.reselect_if_due, self.loss)
+        for restore in undo:
+            restore()
+        return trained
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if self.recipe.balance == 0:
+            return batch_loss(model, batch)
+        out = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, use_cache=False,
+            output_router_logits=True,
+        )  # fmt: skip
+        own = model.config.router_aux_loss_coef  # which transformers has added already
+        return out.loss + (self.recipe.balance - own) * out.aux_loss
+
+    def last_reselection(self) -> int:
+        steps = self.values.steps
+        return min(math.floor(self.recipe.reselect_until * steps + 1e-9), steps - 1)
+
+    def capture(self, step: int) -> None:
+        """Right after a backward; steps are numbered from 1 here, as the product does."""
+        recipe = self.recipe
+        if step < recipe.router_warmup:
+            for unit in self.sparse:
+                if unit.parameter.grad is not None:
+                    unit.parameter.grad.zero_()
+        every = recipe.reselect_every
+        if every == 0 or recipe.drop_fraction == 0:
+            return
+        due = (step // every + 1) * every
+        if due <= self.last_reselection() and due - step <= recipe.capture_steps:
+            for unit in self.sparse:
+                if unit.parameter.grad is not None:
+                    unit.window.append(unit.parameter.grad.clone())
+
+    def reselect_if_due(self, step: int) -> None:
+        if self.recipe.eight_bit:
+            for unit in self.sparse:
+                round_moments(unit.adam)
+        done = step + 1
+        if self.recipe.reselect_every == 0 or done % self.recipe.reselect_every or not self.sparse[0].window:
+            return
+        fraction = drop_fraction_at(done, self.last_reselection() + 1, self.recipe.drop_fraction)
+        for unit in self.sparse:
+            self.reselect(unit, fraction)
+            unit.window = []
+
+    def reselect(self, unit: Unit, fraction: float) -> None:
+        recipe, active = self.recipe, unit.active
+        assert active is not None
+        count = int(fraction * len(active))
+        if count == 0:
+            return
+        window = torch.stack([g.reshape(-1) for g in unit.window])
+        mean, square = window.mean(0), window.square().mean(0)
+        size = (unit.base + unit.delta).abs() if recipe.drop_by == "weight" else unit.delta.abs()
+        kept = torch.ones(len(active), dtype=torch.bool)
+        kept[torch.sort(size, stable=True).indices[:count]] = False
+        candidates = mean.abs()
+        candidates[active[kept]] = -1
+        grown = best(candidates, count)
+        merged, order = torch.sort(torch.cat([active[kept], grown]))
+        from_old = torch.cat([kept.nonzero().squeeze(1), torch.full((count,), -1)])[order]
+        values = torch.where(from_old >= 0, unit.delta[from_old.clamp(min=0)], torch.zeros(len(merged)))
+        unit.set_active(merged, values)
+        new = merged[from_old < 0]
+        seen = len(unit.window) if recipe.moments == "seeded" else 0
+        unit.adam.regrow(from_old, mean[new], square[new], seen)
+        if recipe.moments == "reset":
+            unit.adam = Adam(unit.delta)
+
+
+def best(scores: Tensor, k: int) -> Tensor:
+    """Sorted flat indices of the k largest."""
+    return torch.sort(torch.topk(scores.reshape(-1), k).indices).values
+
+
+def sgd16(unit: Unit, gradient: Tensor, rate: float) -> None:
+    """Plain descent on weights held in fp16."""
+    unit.delta.copy_((unit.delta.half() - (rate * gradient).half()).float())
+
+
+@torch.no_grad()
+def round_moments(adam: Adam) -> None:
+    """Both moments to 8 bits and back, with a scale a block; the second by its root, as its range is squared."""
+    for state, signed in ((adam.exp_avg, True), (adam.exp_avg_sq, False)):
+        flat = state.view(-1)
+        padded = F.pad(flat, (0, -len(flat) % EIGHT_BIT_BLOCK)).view(-1, EIGHT_BIT_BLOCK)
+        values = padded if signed else padded.sqrt()
+        levels = 127 if signed else 255
+        scale = values.abs().amax(1, keepdim=True).clamp(min=1e-30) / levels
+        rounded = (values / scale).round() * scale
+        if not signed:
+            # A root that rounds to nothing would make its weight leap: it stays at half a level.
+            rounded = torch.where(values > 0, rounded.clamp(min=0.5 * scale.expand_as(rounded)), rounded).square()
+        flat.copy_(rounded.view(-1)[: len(flat)])
+
+
+def routers(model: nn.Module) -> Sequence[nn.Module]:
+    return [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+
+
+def add_gumbel(model: nn.Module, scale: float, generator: torch.Generator) -> list[Callable[[], None]]:
+    """Routers choose by noisy logits while training, and weigh by them."""
+
+    def noisy(gate: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+        noise = -torch.empty_like(logits).exponential_(generator=generator).log()
+        probabilities = F.softmax(logits + scale * noise, dtype=torch.float, dim=-1)
+        value, index = torch.topk(probabilities, gate.top_k, dim=-1)
+        if gate.norm_topk_prob:
+            value = value / value.sum(-1, keepdim=True)
+        return logits, value.to(logits.dtype), index
+
+    return [replace_forward(gate, partial(noisy, gate)) for gate in routers(model)]
+
+
+def add_dense_gradient(model: nn.Module) -> list[Callable[[], None]]:
+    """The router's gradient as if every expert had been used, straight through; the forward is unchanged."""
+
+    def forward(block: Any, hidden: Tensor) -> Tensor:
+        shape = hidden.shape
+        x = hidden.reshape(-1, shape[-1])
+        logits, weights, index = block.gate(x)
+        out = block.experts(x, index, weights)
+        probabilities = F.softmax(logits, dtype=torch.float, dim=-1)
+        if block.gate.norm_topk_prob:
+            probabilities = probabilities / probabilities.gather(1, index).sum(1, keepdim=True).detach()
+        unused = probabilities.scatter(1, index, 0.0)
+        with torch.no_grad():
+            experts = block.experts
+            h = torch.einsum("th,eoh->teo", x, experts.gate_up_proj)
+            gate, up = h.chunk(2, dim=-1)
+            each = torch.einsum("tei,ehi->teh", experts.act_fn(gate) * up, experts.down_proj)
+        through = torch.einsum("te,teh->th", unused, each)
+        return (out + through - through.detach()).reshape(shape)
+
+    blocks = [m for n, m in model.named_modules() if n.endswith(".mlp")]
+    return [replace_forward(block, partial(forward, block)) for block in blocks]
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    module.forward = forward  # type: ignore[method-assign, assignment]
+
+    def restore() -> None:
+        del module.__dict__["forward"]
+
+    return restore

@@ -1,0 +1,189 @@
+"""scripts/compare_methods.py: every arm trains what it says on the same data, and two implementations of USAF agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import World
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from compare_methods import Run, finished, main, on_grid, wanted_runs
+from comparison import arms as arms_module
+from comparison.arms import ABLATIONS, ARMS, EVERY, Arm, budget_of, run_arm
+from comparison.bed import Bed, dense_model, evaluate_dense
+
+SETTINGS = {
+    "ROUTER_LR": "1e-3", "IMPORTANCE_SAMPLES": "8", "RESELECT_EVERY": "4", "CAPTURE_STEPS": "2",
+    "RESELECT_UNTIL": "0.7", "USE_RESIDENT": "0", "CACHE_DTYPE": "fp32", "GROUP_SIZE": "32",
+}  # fmt: skip
+RECIPE = {"samples": 8, "reselect_every": 4, "capture_steps": 2, "reselect_until": 0.7}
+
+
+@pytest.fixture(scope="module")
+def bed(world: World, tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    from families import write_tokens
+
+    folder = tmp_path_factory.mktemp("compare")
+    data = write_tokens(folder / "all.jsonl", samples=60)
+    heldout, unseen = (write_tokens(folder / f"{n}.jsonl", samples=6, seed=s) for n, s in (("other", 6), ("unseen", 7)))
+    bed = Bed(folder, world.model, data, (heldout,), unseen, 0, 0.05, 12, 2, 32, 4, 1)
+    bed.split()
+    return bed
+
+
+def test_splits_share_no_sample(bed: Bed) -> None:
+    parts = [
+        (bed.data / f"{n}.jsonl").read_text(encoding="utf-8").splitlines() for n in ("train", "validation", "test")
+    ]
+    assert [len(p) for p in parts] == [44, 8, 8]
+    assert len({line for part in parts for line in part}) == len({*bed.dataset.read_text().splitlines()})
+    assert not {*parts[0]} & {*parts[1]}
+    assert not ({*parts[0]} | {*parts[1]}) & {*parts[2]}
+
+
+def test_every_evaluation_set_has_its_own_rows(bed: Bed) -> None:
+    rows = bed.rows(bed.session(0, SETTINGS))
+    assert list(rows) == ["validation", "test", "heldout_other", "forgetting"]
+    assert len({r.fingerprint() for r in rows.values()}) == 4
+
+
+@pytest.mark.parametrize("name", ["usaf", "usaf-static", "usaf-frozen-router"])
+def test_the_product_and_masked_dense_weights_train_alike(bed: Bed, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two implementations that share the optimizer's formulas and nothing of gradients, masks or experts."""
+    further = {**SETTINGS, **ARMS[name].options}
+    same = {"usaf-static": {"reselect_every": 0}, "usaf-frozen-router": {"router_rate": 0.0}}.get(name, {})
+    monkeypatch.setitem(EVERY, "judge", Arm("lab", 5e-3, "", {**RECIPE, **same}))
+    product = run_arm(bed, name, 5e-3, 0, further)
+    judge = run_arm(bed, "judge", 5e-3, 0, further)
+    assert product["losses"] == pytest.approx(judge["losses"], abs=2e-4)
+    assert product["losses"][-1] < product["losses"][0] - 0.05  # and something was learnt
+    for key, nll in product["nll"].items():
+        assert nll == pytest.approx(judge["nll"][key], abs=2e-4)
+        assert product["start"][key] == pytest.approx(judge["start"][key], abs=1e-5)
+    if name != "usaf-frozen-router":
+        assert product["trainable_parameters"] == judge["trainable_parameters"]
+    assert product["reloaded"] == product["nll"]  # to the bit
+    assert bool(product["turnover"]) == (name != "usaf-static")
+
+
+def test_adapters_get_the_budget_and_reload(bed: Bed) -> None:
+    session = bed.session(0, SETTINGS)
+    budget = budget_of(bed, session)
+    for name in ("lora-experts", "lora-experts-attention", "lora-attention", "dora"):
+        found = run_arm(bed, name, 5e-3, 0, SETTINGS)
+        per_rank = found["trainable_parameters"] / int(found["note"].rpartition(" ")[2])
+        assert abs(found["trainable_parameters"] - budget) <= 0.6 * per_rank + (200 if name == "dora" else 0)
+        assert found["reloaded"] == pytest.approx(found["nll"], abs=1e-5)
+        assert found["losses"][-1] < found["losses"][0]
+        assert found["experts_moved"] == (found["experts"] if "experts" in name else 0)
+
+
+def test_qlora_starts_from_the_same_base_as_usaf(bed: Bed) -> None:
+    adapter, own = (run_arm(bed, name, 1e-3, 0, SETTINGS) for name in ("qlora", "usaf"))
+    assert adapter["start"] == pytest.approx(own["start"], abs=1e-5)
+    assert adapter["start"] != pytest.approx(run_arm(bed, "lora-experts", 1e-3, 0, SETTINGS)["start"], abs=1e-5)
+
+
+def test_full_fine_tuning_moves_everything(bed: Bed) -> None:
+    found = run_arm(bed, "full", 1e-3, 0, SETTINGS)
+    model = dense_model(bed, bed.session(0, SETTINGS), "original")
+    assert found["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["experts_moved"] == found["experts"]
+    assert found["reloaded"] == found["nll"]
+    above = run_arm(dataclasses.replace(bed, train_from=2), "full", 1e-3, 0, SETTINGS)
+    assert above["trainable_parameters"] < found["trainable_parameters"]
+
+
+def test_no_training_gives_every_base(bed: Bed) -> None:
+    found = run_arm(bed, "none", None, 0, SETTINGS)
+    session = bed.session(0, SETTINGS)
+    assert found["nll"] == evaluate_dense(dense_model(bed, session, "original"), bed.rows(session))
+    assert len({base["test"] for base in found["bases"].values()}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ABLATIONS))
+def test_an_ablation_trains(bed: Bed, name: str) -> None:
+    found = run_arm(dataclasses.replace(bed, steps=6), name, 5e-3, 0, SETTINGS)
+    assert all(math.isfinite(v) for v in found["nll"].values())
+    assert not found["diverged"]
+    assert found["nll"]["test"] != found["start"]["test"]
+
+
+def test_dense_router_gradient_leaves_the_forward_alone(bed: Bed) -> None:
+    from comparison.lab import add_dense_gradient
+
+    session = bed.session(0, SETTINGS)
+    model = dense_model(bed, session, "original")
+    before = evaluate_dense(model, bed.rows(session))
+    undo = add_dense_gradient(model)
+    assert evaluate_dense(model, bed.rows(session)) == pytest.approx(before, abs=1e-5)
+    batch = session.data.train.batch([0, 1])
+    gate = model.get_parameter("model.layers.0.mlp.gate.weight")
+    dense = torch.autograd.grad(arms_loss(model, batch), gate)[0]
+    for restore in undo:
+        restore()
+    assert not torch.allclose(dense, torch.autograd.grad(arms_loss(model, batch), gate)[0])
+
+
+def arms_loss(model: Any, batch: Any) -> torch.Tensor:
+    from comparison.bed import batch_loss
+
+    return batch_loss(model, batch)
+
+
+def test_grid_places() -> None:
+    assert [on_grid(5e-3, i) for i in (-2, -1, 0, 1, 2)] == [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    assert on_grid(9e-4, 0) == 1e-3
+    assert on_grid(1e-3, -1) == 5e-4
+
+
+def test_a_sweep_goes_on_while_its_best_is_at_an_edge_then_seeds_follow() -> None:
+    def rates(runs: list[Run]) -> list[tuple[float | None, int]]:
+        return [(r.rate, r.seed) for r in runs]
+
+    done: dict[Run, float] = {}
+    assert rates(wanted_runs("a", 5e-3, None, 3, done)) == [(2e-3, 0), (5e-3, 0), (1e-2, 0)]
+    done |= {Run("a", 2e-3, 0): 3.0, Run("a", 5e-3, 0): 2.0, Run("a", 1e-2, 0): 1.0}
+    assert rates(wanted_runs("a", 5e-3, None, 3, done)) == [(2e-2, 0)]
+    done[Run("a", 2e-2, 0)] = math.inf  # diverged
+    assert rates(wanted_runs("a", 5e-3, None, 3, done)) == [(1e-2, 1), (1e-2, 2)]
+    done |= {Run("a", 1e-2, 1): 9.0, Run("a", 1e-2, 2): 9.0}  # seeds choose nothing
+    assert wanted_runs("a", 5e-3, None, 3, done) == []
+    assert rates(wanted_runs("none", None, None, 3, {})) == [(None, 0)]
+    assert rates(wanted_runs("a", 5e-3, [1e-4], 1, {})) == [(1e-4, 0)]
+
+
+@pytest.mark.slow
+def test_the_command_runs_resumes_and_says_what_is_wrong(
+    bed: Bed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "--folder", str(tmp_path / "c"), "--model", str(bed.model), "--dataset", str(bed.dataset), "--heldout",
+        str(bed.heldout[0]), "--arms", "none,usaf-static,lora-experts", "--rates", "5e-3", "--seeds", "2", "--steps",
+        "3", "--microbatch", "2", "--seq-len", "32", "--eval-samples", "4", *(f"{k}={v}" for k, v in SETTINGS.items()),
+    ]  # fmt: skip
+    assert main(given) == 0
+    folder = next(p for p in (tmp_path / "c").iterdir() if p.name.startswith("model-"))
+    assert finished("usaf-static", folder).keys() == {Run("usaf-static", 5e-3, 0), Run("usaf-static", 5e-3, 1)}
+    result = json.loads((folder / "lora-experts" / "rate-0.005_seed-1.json").read_text())
+    assert result["command"].startswith("python scripts/compare_methods.py --folder")
+    assert result["peak_private_bytes"] > 0
+    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.json")}
+    capsys.readouterr()
+    assert main(given) == 0  # nothing is left to do
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.json")} == times
+    assert main([*given[:2], "--arms", "lora"]) == 2
+    assert "--arms lora: must be among" in capsys.readouterr().err
+
+
+def test_arm_names_are_unique() -> None:
+    assert not ARMS.keys() & ABLATIONS.keys()
+    assert arms_module.EVERY.keys() >= ARMS.keys() | ABLATIONS.keys()
