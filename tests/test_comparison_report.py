@@ -74,9 +74,10 @@ def make(tmp_path: Path) -> Any:
 
 
 def arm_of(make: Any, arm: str, **figures: Sequence[float]) -> ArmResult:
-    """One rate; the i-th value of each figure is that of seed i."""
+    """One rate, whose neighbours diverged; the i-th value of each figure is that of seed i."""
     n = len(next(iter(figures.values())))
-    runs = [make(arm, 1e-3, seed, **{name: values[seed] for name, values in figures.items()}) for seed in range(n)]
+    runs = [make(arm, rate, diverged=True, nll=None) for rate in (5e-4, 2e-3)]
+    runs += [make(arm, 1e-3, seed, **{name: values[seed] for name, values in figures.items()}) for seed in range(n)]
     return choose(runs)
 
 
@@ -326,8 +327,11 @@ def test_seed_that_diverged_reaches_nothing(make: Any) -> None:
 
 def test_gain_beyond_the_peers_sweep(make: Any) -> None:
     lora = {"test": [2.9], "forgetting": [0.2]}
-    assert three(make, {"test": [2.7], "forgetting": [0.2]}, lora)["forgetting"] == REACHED  # more gain for no more
-    assert three(make, {"test": [2.7], "forgetting": [0.3]}, lora)["forgetting"] == UNDECIDED
+    # Ours gains 0.9; on the line from (0, 0) it forgets 7/9 of its forgetting at the peer's 0.7.
+    assert three(make, {"test": [2.7], "forgetting": [0.25]}, lora)["forgetting"] == REACHED
+    assert three(make, {"test": [2.7], "forgetting": [0.26]}, lora)["forgetting"] == NOT_REACHED
+    unknown = {"test": [2.7], "forgetting": [0.1], "start": [None]}  # no line, so nothing at 0.7
+    assert three(make, unknown, lora)["forgetting"] == UNDECIDED
     assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts
 
 
@@ -337,6 +341,18 @@ def test_what_was_not_run_is_undecided(make: Any) -> None:
     lost = choose([make("lora", 1e-3, diverged=True)])
     found = judge(arm_of(make, "ours", test=[2.7, 2.7]), lost)
     assert (found["held-out"], found["forgetting"]) == (UNDECIDED, UNDECIDED)
+
+
+def test_rate_at_the_edge_leaves_it_undecided(make: Any) -> None:
+    full, ours = arm_of(make, "full", test=[2.6, 2.6]), arm_of(make, "ours", test=[2.6, 2.6], held_out=[4.0, 4.0])
+    lora = [make("lora", 1e-3, seed, held_out=4.2) for seed in (0, 1)]
+    beyond = make("lora", 2e-3, diverged=True)
+    below = make("lora", 5e-4, validation=3.5)
+    assert judge(full, ours, choose([below, *lora, beyond]))["held-out"] == REACHED
+    assert judge(full, ours, choose([below, *lora]))["held-out"] == UNDECIDED
+    assert judge(full, ours, choose(lora))["held-out"] == UNDECIDED
+    assert judge(choose([make("full", 1e-3, test=2.6)]), ours)["gain"] == UNDECIDED
+    assert judge(choose([make("full", 1e-3, test=2.0)]), ours)["gain"] == NOT_REACHED  # a better rate changes nothing
 
 
 def test_unequal_parameters_are_named(make: Any) -> None:
@@ -353,7 +369,7 @@ def test_quality_row(make: Any) -> None:
     full = arm_of(make, "full", test=[2.6, 2.6])
     arm = choose([make("ours", r, s, validation=3 - r, test=2.6 + s / 10) for r in (1e-3, 5e-3) for s in (0, 1)])
     assert tables.quality_row(arm, full) == [
-        "ours", "160,000", "0.32", "0.005 (edge)", "2", "2.650 ± 0.071", "14.2", "95.0% ± 7.1", "4.500 ± 0.000",
+        "ours", "160,000", "0.32", "0.005 (edge)", "2", "2.650 ± 0.071", "14.15", "95.0% ± 7.1", "4.500 ± 0.000",
         "+0.250 ± 0.000",
     ]  # fmt: skip
     assert tables.quality_row(arm, None)[7] == "-"
@@ -364,7 +380,7 @@ def test_absent_figures_are_dashes(make: Any) -> None:
     absent = dict.fromkeys((*optional, "routing", "experts_moved", "experts", "reloaded", "note"), None)
     before = {"validation": 3.7, "test": 3.6}
     arm = choose([make("none", None, **absent, before=before, nll=before, start=None)])
-    assert tables.quality_row(arm, arm) == ["none", "-", "-", "-", "1", "3.600", "36.6", "-", "-", "-"]
+    assert tables.quality_row(arm, arm) == ["none", "-", "-", "-", "1", "3.600", "36.60", "-", "-", "-"]
     assert tables.cost_row(arm) == ["none", *["-"] * 10, ""]
     assert tables.sweep_row(arm.sweep[0], False) == ["none", "-", "0", "3.700", "-", "-", ""]
 

@@ -23,10 +23,13 @@ from comparison.run_files import Run
 from usaf.errors import UserError
 from usaf.files import replacing
 
-COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+    "#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#c7c7c7", "#dbdb8d", "#9edae5",
+)  # fmt: skip
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 COLUMNS = 2
-POINTS = 60  # of a loss curve
+POINTS = 40  # of a loss curve
 SMOOTHED_SHARE = 0.1  # of the steps, that a point of it is the mean of
 SLACK = 0.15  # of the range between best and untrained, that is shown beyond them
 
@@ -55,7 +58,7 @@ def styles_of(found: Results, ours: str) -> dict[str, Style]:
     """One look for each arm in all plots; ours is black."""
     names = [arm for arm in dict.fromkeys(arm for arms in found.values() for arm in arms) if arm != ours]
     look = {
-        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)], "linewidth": 1.2}
+        arm: {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // 10 % len(LINES)], "linewidth": 1.2}
         for i, arm in enumerate(names)
     }
     return {**look, ours: {"color": "black", "linestyle": "-", "linewidth": 2.0}}
@@ -181,6 +184,8 @@ def write_parameters(path: Path, found: Results, styles: Mapping[str, Style]) ->
 
 def draw_parameters(axes: Any, configs: Results, styles: Mapping[str, Style]) -> None:
     """Colours are arms, markers configurations; bars are standard deviations over seeds."""
+    drawn: dict[str, tuple[str, str]] = {}
+    of_configs: dict[str, tuple[str, str]] = {}
     for (config, arms), marker in zip(configs.items(), MARKERS * len(configs), strict=False):
         for arm, one in arms.items():
             held_out = one.spread(lambda run: run.held_out)
@@ -188,8 +193,10 @@ def draw_parameters(axes: Any, configs: Results, styles: Mapping[str, Style]) ->
             if held_out is not None and parameters:
                 axes.errorbar(parameters, held_out.mean, held_out.sd or 0.0, marker=marker, markersize=5, capsize=2,
                               linestyle="none", color=styles[arm]["color"])  # fmt: skip
-                axes.plot([], [], marker="o", linestyle="none", color=styles[arm]["color"], label=arm)
-                axes.plot([], [], marker=marker, linestyle="none", color="grey", label=config)
+                drawn.update({arm: ("o", styles[arm]["color"])})
+                of_configs.update({config: (marker, "grey")})
+    for name, (marker, colour) in {**drawn, **of_configs}.items():  # for the legend alone
+        axes.plot([], [], marker=marker, linestyle="none", color=colour, label=name)
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters")
     axes.set_ylabel("held-out NLL")

@@ -38,8 +38,10 @@ texts have no say in it.
 - *Beyond the spread*: a mean difference that exceeds its own standard deviation, which is that of the differences seed
   by seed where both arms ran at least two seeds in common, else sqrt(sd1² + sd2²). With few seeds this is a mild test,
   so the 95% interval of the mean (Student's t) stands beside it.
+- A target that is reached only against an arm whose best rate is marked *(edge)* or *(only rate)* counts as undecided.
 - *At equal gain*: the other arm's forgetting is read off its sweep, linearly between neighbouring rates and from where
-  it starts; the least, where several rates give the same gain.
+  it starts; the least, where several rates give the same gain. Where it never reaches that gain, the two sweeps are
+  compared at the highest that it reaches.
 - *reload* is the largest |NLL after saving and loading - NLL after training| over all texts and seeds.
 - *load moved* is the mean total variation between the experts' loads before and after, *entropy* the routing's, against
   *before*. Times of runs that shared the machine (*jobs* above 1) are comparable only at the same number of jobs."""

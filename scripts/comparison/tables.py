@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from comparison.choice import ArmResult, Difference, Spread, difference, gain_share
 from comparison.run_files import Run
@@ -12,9 +12,9 @@ from comparison.verdicts import TARGETS, Verdict, overall, worst_reload
 NONE = "-"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """The first `text_columns` to the left, the others to the right."""
-    ruler = ["---" if i < text_columns else "---:" for i in range(len(header))]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = ()) -> str:
+    """The first column and those named in `words` to the left, the others to the right."""
+    ruler = ["---" if i == 0 or name in words else "---:" for i, name in enumerate(header)]
     lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ruler, *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -48,7 +48,10 @@ def with_spread(found: Spread | None, digits: int = 3, sign: bool = False) -> st
 
 def perplexity(found: Spread | None) -> str:
     """Of the mean NLL."""
-    return NONE if found is None else f"{math.exp(min(found.mean, 700)):.3g}"
+    if found is None:
+        return NONE
+    value = math.exp(min(found.mean, 700))
+    return f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
 
 
 def share_text(found: Spread | None) -> str:
@@ -96,7 +99,7 @@ def cost_table(arms: Mapping[str, ArmResult]) -> str:
     """Medians over the seeds at the chosen rate."""
     header = ["arm", "step s", "jobs", "run s", "peak GB", "reload", "entropy", "before", "load moved", "starved",
               "experts moved", "note"]  # fmt: skip
-    return markdown(header, [cost_row(arm) for arm in arms.values()])
+    return markdown(header, [cost_row(arm) for arm in arms.values()], words=["note"])
 
 
 def cost_row(arm: ArmResult) -> list[str]:
@@ -129,9 +132,9 @@ def jobs_text(arm: ArmResult) -> str:
 
 
 def sweep_table(arms: Mapping[str, ArmResult]) -> str:
-    header = ["arm", "rate", "seed", "validation NLL", "held-out NLL", "forgetting", ""]
+    header = ["arm", "rate", "seed", "validation NLL", "held-out NLL", "forgetting", "remark"]
     rows = [sweep_row(run, run is arm.best) for arm in arms.values() for run in arm.sweep]
-    return markdown(header, rows)
+    return markdown(header, rows, words=["remark"])
 
 
 def sweep_row(run: Run, chosen: bool) -> list[str]:
@@ -165,4 +168,4 @@ def difference_cell(found: Difference | None) -> str:
 def targets_table(found: Mapping[str, Sequence[Verdict]]) -> str:
     """found: by configuration."""
     rows = [[config, *(overall(of_config, target) for target in TARGETS)] for config, of_config in found.items()]
-    return markdown(["configuration", *TARGETS.values()], rows, text_columns=len(TARGETS) + 1)
+    return markdown(["configuration", *TARGETS.values()], rows, words=TARGETS.values())

@@ -3,8 +3,12 @@
     gain        at least 95% of full fine-tuning's in-domain gain (test split)
     held-out    NLL below each peer's at the peer's own best rate, by more than the spread of seeds: the mean difference
                 exceeds its standard deviation, which the module `choice` defines. Undecided without two seeds
-    forgetting  not more than each peer's at equal in-domain gain, read off the peer's sweep
+    forgetting  not more than each peer's at equal in-domain gain: ours at the chosen rate, the peer's read off its
+                sweep; where we gain more than it does at any rate, at the most that it does, ours read off our sweep
     reload      the saved artifact gives the NLL of the trained model, to the last digit
+
+The first two are against another arm's best rate. Where that is at the edge of its sweep, a better one may exist, and
+what would be reached is undecided.
 
 One standard deviation is a mild test with few seeds, so the text adds how many pairs agree, and the 95% interval of the
 mean. A seed of ours that diverged at the chosen rate makes every target "not reached".
@@ -73,7 +77,16 @@ def gain_verdict(our: ArmResult, full: ArmResult | None, name: str) -> Verdict:
         return Verdict(GAIN, UNDECIDED, f"{name} gained nothing in-domain at its best rate.")
     over = f" ± {100 * share.sd:.1f} over {share.n} seeds" if share.sd is not None else ""
     status = REACHED if share.mean >= LEAST_SHARE else NOT_REACHED
-    return Verdict(GAIN, status, f"{100 * share.mean:.1f}%{over} of {name}'s in-domain gain.")
+    return against_best(full, Verdict(GAIN, status, f"{100 * share.mean:.1f}%{over} of {name}'s in-domain gain."))
+
+
+def against_best(other: ArmResult, found: Verdict) -> Verdict:
+    """Undecided where it seems reached against an arm whose best rate may not be known."""
+    if not other.rate_mark:
+        return found
+    status = UNDECIDED if found.status == REACHED else found.status
+    mark = f" The rate of {other.arm} may not be its best ({other.rate_mark})."
+    return Verdict(found.target, status, found.text + mark)
 
 
 def held_out_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
@@ -90,7 +103,7 @@ def held_out_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
     else:
         status = REACHED if -found.mean > found.sd else NOT_REACHED
     mark = f"; {peer.failed} of {len(peer.seeds)} seeds of {peer.arm} diverged" if peer.failed else ""
-    return Verdict(HELD_OUT, status, f"{against}{difference_text(found)}{mark}.")
+    return against_best(peer, Verdict(HELD_OUT, status, f"{against}{difference_text(found)}{mark}."))
 
 
 def difference_text(found: Difference) -> str:
@@ -121,12 +134,20 @@ def forgetting_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
     if found.forgetting is not None:
         status = REACHED if forgetting.mean <= found.forgetting else NOT_REACHED
         return Verdict(FORGETTING, status, f"{ours}; {peer.arm} {found.forgetting:+.4f} at the same gain.")
-    top_gain, top_forgetting = found.top
-    if gain.mean < top_gain:
+    if gain.mean < found.top[0]:
         return Verdict(FORGETTING, UNDECIDED, f"{ours}, which is below the sweep of {peer.arm}.")
-    status = REACHED if forgetting.mean <= top_forgetting else UNDECIDED
-    return Verdict(FORGETTING, status, f"{ours}, which {peer.arm} does not reach at any rate: its most is "
-                   f"{top_gain:.4f}, with forgetting {top_forgetting:+.4f}.")  # fmt: skip
+    status, compared = at_peers_top(our, peer, *found.top)
+    return Verdict(FORGETTING, status, f"{ours}, which {peer.arm} does not reach at any rate. {compared}")
+
+
+def at_peers_top(our: ArmResult, peer: ArmResult, gain: float, forgetting: float) -> tuple[str, str]:
+    """Where we gain more than the peer ever does, the two are compared at the most that it does, on our own sweep."""
+    own = forgetting_at_gain(our.sweep, gain)
+    text = f"At its most, {gain:.4f}, it has {forgetting:+.4f}"
+    if own is None or own.forgetting is None:
+        return UNDECIDED, f"{text}, and our own sweep does not pass there."
+    status = REACHED if own.forgetting <= forgetting else NOT_REACHED
+    return status, f"{text}; our own sweep there {own.forgetting:+.4f}."
 
 
 def reload_verdict(our: ArmResult) -> Verdict:
