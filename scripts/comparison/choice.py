@@ -1,0 +1,220 @@
+"""Each arm's best rate, its figures over seeds, and how two arms are compared.
+
+    rate        of the sweep's seed, the one with the lowest validation NLL; no other figure has a say
+    spread      mean and sample standard deviation over all seeds run at that rate
+    difference  paired: mean and sample standard deviation of the differences seed by seed, where both arms ran at least
+                two seeds in common; else of the two means, with sqrt(sd1^2 + sd2^2)
+    at equal gain  a peer's forgetting at a given in-domain gain, read off the line through its sweep in the order of
+                its rates; it starts where the arm starts (rate 0)
+
+The sweep's seed is the lowest of those that ran the most rates. Runs that diverged, or whose figures are not finite,
+are never chosen and count in no mean; how many there were is told beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from comparison.run_files import Run
+
+Figure = Callable[[Run], float | None]
+
+# Two-sided 95% points of Student's t for 2, 3, ... seeds; above ten the last one, which is a little too wide.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Spread(NamedTuple):
+    """Over seeds. sd: None with one seed."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """None if a value is absent, or all are."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    if not known or len(known) < len(found):
+        return None
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm in one configuration.
+
+    sweep: the runs of the sweep's seed, by rate; best: the chosen one of them, None if all diverged; seeds: all runs at
+    the chosen rate, by seed.
+    """
+
+    config: str
+    arm: str
+    sweep: tuple[Run, ...]
+    best: Run | None
+    seeds: tuple[Run, ...]
+
+    @property
+    def family(self) -> str:
+        return self.sweep[0].family
+
+    @property
+    def rate(self) -> float | None:
+        return self.best.rate if self.best is not None else None
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.seeds if not run.failed)
+
+    @property
+    def failed(self) -> int:
+        """Seeds that diverged at the chosen rate."""
+        return len(self.seeds) - len(self.finished)
+
+    @property
+    def rate_mark(self) -> str:
+        """Says "edge" where the best rate is the lowest or highest tried, those that diverged among them."""
+        if self.rate is None:
+            return ""
+        if len(self.sweep) == 1:
+            return "only rate"
+        return "edge" if self.best in (self.sweep[0], self.sweep[-1]) else ""
+
+    def spread(self, figure: Figure) -> Spread | None:
+        return spread(figure(run) for run in self.finished)
+
+    def median(self, figure: Figure) -> float | None:
+        """Of the seeds that have the figure; for times and sizes."""
+        known = [value for run in self.finished if (value := figure(run)) is not None]
+        return statistics.median(known) if known else None
+
+
+def choose(runs: Sequence[Run]) -> ArmResult:
+    """runs: those of one arm in one configuration, at least one."""
+    sweep = sorted((run for run in runs if run.seed == sweep_seed(runs)), key=lambda run: run.rate or 0.0)
+    best = min((run for run in sweep if not run.failed), key=lambda run: run.validation, default=None)
+    at_best = [run for run in runs if best is not None and run.rate == best.rate]
+    seeds = tuple(sorted(at_best, key=lambda run: run.seed))
+    return ArmResult(runs[0].config, runs[0].arm, tuple(sweep), best, seeds)
+
+
+def sweep_seed(runs: Sequence[Run]) -> int:
+    rates = {seed: len({run.rate for run in runs if run.seed == seed}) for seed in sorted({run.seed for run in runs})}
+    return max(rates, key=lambda seed: rates[seed])  # the first of equals
+
+
+Results = dict[str, dict[str, ArmResult]]
+
+
+def results(runs: Iterable[Run], arms: Sequence[str] = ()) -> Results:
+    """Config -> arm -> result: configs in the order of the numbers in their names, arms in the order of `arms`, those
+    that are not in it after them."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.config, {}).setdefault(run.arm, []).append(run)
+    place = {arm: i for i, arm in enumerate(arms)}
+    found: Results = {}
+    for config in sorted(groups, key=by_numbers):
+        of_config = groups[config]
+        ordered = sorted(of_config, key=lambda arm: (place.get(arm, len(place)), arm))
+        found[config] = {arm: choose(of_config[arm]) for arm in ordered}
+    return found
+
+
+def by_numbers(name: str) -> list[tuple[float, str]]:
+    """A sorting key in which 0.5% comes before 2%, and that before 10%."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(part), "") if i % 2 else (math.inf, part) for i, part in enumerate(parts)]
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """One arm's figure less another's. sd: None where seeds are too few; n: seeds in common if paired, else the fewer.
+
+    lower: of the pairs, those in which the first arm's figure is lower; None if not paired.
+    """
+
+    mean: float
+    sd: float | None
+    n: int
+    paired: bool
+    lower: int | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95% for the mean of paired differences, by Student's t."""
+        if not self.paired or self.sd is None:
+            return None
+        half = T_95[min(self.n - 2, len(T_95) - 1)] * self.sd / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+
+def difference(one: ArmResult, other: ArmResult, figure: Figure) -> Difference | None:
+    """None where an arm lacks the figure."""
+    pairs = paired(one, other, figure)
+    found = spread(a - b for a, b in pairs)
+    if found is not None and found.n > 1:
+        return Difference(*found, True, sum(a < b for a, b in pairs))
+    first, second = one.spread(figure), other.spread(figure)
+    if first is None or second is None:
+        return None
+    if first.sd is None or second.sd is None:
+        # One pair says more than two means of which one has a single seed.
+        return Difference(*(found or Spread(first.mean - second.mean, None, 1)), found is not None, None)
+    return Difference(first.mean - second.mean, math.hypot(first.sd, second.sd), min(first.n, second.n), False, None)
+
+
+def paired(one: ArmResult, other: ArmResult, figure: Figure) -> list[tuple[float, float]]:
+    """The figure of both arms for every seed that both finished."""
+    values = {run.seed: figure(run) for run in other.finished}
+    pairs = [(figure(run), values.get(run.seed)) for run in one.finished]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def gain_share(arm: ArmResult, full: ArmResult) -> Spread | None:
+    """Of full fine-tuning's in-domain gain: the mean over seeds in common, or of the mean gains where these are fewer
+    than two. None where full fine-tuning gained nothing."""
+    pairs = paired(arm, full, lambda run: run.gain)
+    if len(pairs) > 1:
+        return spread(a / b for a, b in pairs) if all(b > 0 for _, b in pairs) else None
+    one, whole = arm.spread(lambda run: run.gain), full.spread(lambda run: run.gain)
+    if one is None or whole is None or whole.mean <= 0:
+        return None
+    return Spread(one.mean / whole.mean, None, 1)
+
+
+def gain_line(sweep: Sequence[Run]) -> list[tuple[float, float]]:
+    """(gain, forgetting) of where an arm starts, if that is known, and of each rate's run; sweep: by rate. Empty where
+    there is nothing of it to measure."""
+    trained = [run for run in sweep if not run.failed and run.rate is not None]
+    points = [(run.gain, run.forgetting) for run in trained if run.forgetting is not None]
+    start = trained[0].at_rate_zero if points else None
+    return [start, *points] if start is not None else points
+
+
+class AtGain(NamedTuple):
+    """Forgetting of a sweep at some gain: the least where its line passes there more than once, None where it never
+    does. top: (gain, forgetting) at the sweep's highest gain."""
+
+    forgetting: float | None
+    top: tuple[float, float]
+
+
+def forgetting_at_gain(sweep: Sequence[Run], gain: float) -> AtGain | None:
+    """sweep: by rate. None where it has no forgetting."""
+    line = gain_line(sweep)
+    if not line:
+        return None
+    found = [forgetting for at, forgetting in line if at == gain]
+    for (gain1, forgetting1), (gain2, forgetting2) in pairwise(line):
+        if min(gain1, gain2) < gain < max(gain1, gain2):
+            found.append(forgetting1 + (forgetting2 - forgetting1) * (gain - gain1) / (gain2 - gain1))
+    return AtGain(min(found, default=None), max(line))

@@ -1,0 +1,167 @@
+"""The targets that our arm is to reach, each with what was measured: reached, not reached, or undecided.
+
+    gain        at least 95% of full fine-tuning's in-domain gain (test split)
+    held-out    NLL below each peer's at the peer's own best rate, by more than the spread of seeds: the mean difference
+                exceeds its standard deviation, which the module `choice` defines. Undecided without two seeds
+    forgetting  not more than each peer's at equal in-domain gain: ours at the chosen rate, the peer's read off its
+                sweep; where we gain more than it does at any rate, at the most that it does, ours read off our sweep
+    reload      the saved artifact gives the NLL of the trained model, to the last digit
+
+The first two are against another arm's best rate. Where that is at the edge of its sweep, a better one may exist, and
+what would be reached is undecided.
+
+One standard deviation is a mild test with few seeds, so the text adds how many pairs agree, and the 95% interval of the
+mean. A seed of ours that diverged at the chosen rate makes every target "not reached".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from comparison.choice import ArmResult, Difference, difference, forgetting_at_gain, gain_share
+
+REACHED, NOT_REACHED, UNDECIDED = "reached", "not reached", "undecided"
+LEAST_SHARE = 0.95
+SAME_PARAMETERS = 0.05  # counts that differ by a larger share are named
+
+GAIN, HELD_OUT, FORGETTING, RELOAD = "gain", "held-out", "forgetting", "reload"
+TARGETS = {
+    GAIN: f"{LEAST_SHARE:.0%} of full's gain",
+    HELD_OUT: "held-out below peers",
+    FORGETTING: "forgetting at equal gain",
+    RELOAD: "same NLL after reload",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """target: a key of TARGETS; text: the figures, a sentence."""
+
+    target: str
+    status: str
+    text: str
+
+
+def verdicts(arms: Mapping[str, ArmResult], ours: str, full: str, peers: Sequence[str]) -> list[Verdict]:
+    """Of one configuration; none where our arm was not run."""
+    if ours not in arms:
+        return []
+    our, rivals = arms[ours], [arms[peer] for peer in peers if peer in arms]
+    if our.best is None:
+        return [Verdict(target, NOT_REACHED, f"{ours} diverged at every rate.") for target in TARGETS]
+    found = [
+        gain_verdict(our, arms.get(full), full),
+        *([held_out_verdict(our, peer) for peer in rivals] or [Verdict(HELD_OUT, UNDECIDED, "No peer was run.")]),
+        *([forgetting_verdict(our, peer) for peer in rivals] or [Verdict(FORGETTING, UNDECIDED, "No peer was run.")]),
+        reload_verdict(our),
+    ]
+    if our.failed:
+        mark = f" {our.failed} of {len(our.seeds)} seeds of {ours} diverged."
+        found = [Verdict(one.target, NOT_REACHED, one.text + mark) for one in found]
+    return found
+
+
+def overall(found: Sequence[Verdict], target: str) -> str:
+    """Of one target against all peers: reached only where all are, not reached where one is not."""
+    states = {one.status for one in found if one.target == target}
+    return next((state for state in (NOT_REACHED, UNDECIDED, REACHED) if state in states), "-")
+
+
+def gain_verdict(our: ArmResult, full: ArmResult | None, name: str) -> Verdict:
+    if full is None or full.best is None:
+        return Verdict(GAIN, UNDECIDED, f"{name} {'was not run' if full is None else 'diverged at every rate'}.")
+    share = gain_share(our, full)
+    if share is None:
+        return Verdict(GAIN, UNDECIDED, f"{name} gained nothing in-domain at its best rate.")
+    over = f" ± {100 * share.sd:.1f} over {share.n} seeds" if share.sd is not None else ""
+    status = REACHED if share.mean >= LEAST_SHARE else NOT_REACHED
+    return against_best(full, Verdict(GAIN, status, f"{100 * share.mean:.1f}%{over} of {name}'s in-domain gain."))
+
+
+def against_best(other: ArmResult, found: Verdict) -> Verdict:
+    """Undecided where it seems reached against an arm whose best rate may not be known."""
+    if not other.rate_mark:
+        return found
+    status = UNDECIDED if found.status == REACHED else found.status
+    mark = f" The rate of {other.arm} may not be its best ({other.rate_mark})."
+    return Verdict(found.target, status, found.text + mark)
+
+
+def held_out_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
+    found = difference(our, peer, lambda run: run.held_out)
+    against = f"NLL against {peer.arm}{counts(our, peer)}: "
+    if peer.best is None:
+        return Verdict(HELD_OUT, UNDECIDED, f"{against}it diverged at every rate.")
+    if found is None:
+        return Verdict(HELD_OUT, UNDECIDED, f"{against}no held-out texts.")
+    if found.mean >= 0:
+        status = NOT_REACHED
+    elif found.sd is None:
+        status = UNDECIDED
+    else:
+        status = REACHED if -found.mean > found.sd else NOT_REACHED
+    mark = f"; {peer.failed} of {len(peer.seeds)} seeds of {peer.arm} diverged" if peer.failed else ""
+    return against_best(peer, Verdict(HELD_OUT, status, f"{against}{difference_text(found)}{mark}."))
+
+
+def difference_text(found: Difference) -> str:
+    if found.sd is None:
+        return f"{found.mean:+.4f}, {'one common seed' if found.paired else 'no common seed'}, so its spread is unknown"
+    text = f"{found.mean:+.4f} ± {found.sd:.4f} "
+    if found.interval is None:
+        return text + f"(two means, of at least {found.n} seeds each)"
+    low, high = found.interval
+    return text + f"over {found.n} paired seeds, lower in {found.lower}; 95% interval {low:+.4f} to {high:+.4f}"
+
+
+def counts(our: ArmResult, peer: ArmResult) -> str:
+    """Trainable parameters of both, where they are not about equal."""
+    one, other = (arm.median(lambda run: run.trainable_parameters) for arm in (our, peer))
+    if one is None or other is None or abs(one - other) <= SAME_PARAMETERS * max(one, other):
+        return ""
+    return f" ({one:,.0f} against {other:,.0f} parameters)"
+
+
+def forgetting_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
+    gain, forgetting = our.spread(lambda run: run.gain), our.spread(lambda run: run.forgetting)
+    found = forgetting_at_gain(peer.sweep, gain.mean) if gain is not None else None
+    if gain is None or forgetting is None or found is None:
+        return Verdict(FORGETTING, UNDECIDED, f"Against {peer.arm}: not measured.")
+    over = f" ± {forgetting.sd:.4f}" if forgetting.sd is not None else ""
+    ours = f"Forgetting {forgetting.mean:+.4f}{over} at a gain of {gain.mean:.4f}"
+    if found.forgetting is not None:
+        status = REACHED if forgetting.mean <= found.forgetting else NOT_REACHED
+        return Verdict(FORGETTING, status, f"{ours}; {peer.arm} {found.forgetting:+.4f} at the same gain.")
+    if gain.mean < found.top[0]:
+        return Verdict(FORGETTING, UNDECIDED, f"{ours}, which is below the sweep of {peer.arm}.")
+    status, compared = at_peers_top(our, peer, *found.top)
+    return Verdict(FORGETTING, status, f"{ours}, which {peer.arm} does not reach at any rate. {compared}")
+
+
+def at_peers_top(our: ArmResult, peer: ArmResult, gain: float, forgetting: float) -> tuple[str, str]:
+    """Where we gain more than the peer ever does, the two are compared at the most that it does, on our own sweep."""
+    own = forgetting_at_gain(our.sweep, gain)
+    text = f"At its most, {gain:.4f}, it has {forgetting:+.4f}"
+    if own is None or own.forgetting is None:
+        return UNDECIDED, f"{text}, and our own sweep does not pass there."
+    status = REACHED if own.forgetting <= forgetting else NOT_REACHED
+    return status, f"{text}; our own sweep there {own.forgetting:+.4f}."
+
+
+def reload_verdict(our: ArmResult) -> Verdict:
+    worst = worst_reload(our)
+    if worst is None:
+        return Verdict(RELOAD, UNDECIDED, "Nothing was loaded again.")
+    if math.isnan(worst):
+        return Verdict(RELOAD, NOT_REACHED, "The NLL after loading is not finite.")
+    runs = [run for run in our.finished if run.reload_difference is not None]
+    text = f"The largest difference of {len(runs)} of {len(our.finished)} runs is {worst:.1e}."
+    return Verdict(RELOAD, REACHED if worst == 0 else NOT_REACHED, text)
+
+
+def worst_reload(arm: ArmResult) -> float | None:
+    """Over the seeds at the chosen rate; nan if one is not finite, None if none was loaded again."""
+    known = [value for run in arm.finished if (value := run.reload_difference) is not None]
+    return math.nan if any(math.isnan(value) for value in known) else max(known, default=None)

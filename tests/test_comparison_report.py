@@ -1,0 +1,488 @@
+"""scripts/comparison, the report: on made-up runs whose choice, differences, shares and verdicts are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from comparison import plots, report, tables
+from comparison.choice import (
+    ArmResult,
+    Spread,
+    by_numbers,
+    choose,
+    difference,
+    forgetting_at_gain,
+    gain_share,
+    results,
+)
+from comparison.report import Ablation, Question, report_text, write_report
+from comparison.run_files import Run, load_runs, read_run
+from comparison.verdicts import NOT_REACHED, REACHED, TARGETS, UNDECIDED, overall, verdicts
+
+from usaf.errors import UserError
+
+BEFORE = {"validation": 3.7, "test": 3.6, "heldout_a": 4.0, "heldout_b": 5.0, "forgetting": 2.0}
+MACHINE = {
+    "processor": "Some CPU", "threads": 2, "cpu_capability": "AVX2", "memory_bytes": 8_000_000_000, "torch": "2.13.0",
+}  # fmt: skip
+
+
+def content(arm: str, rate: float | None, seed: int = 0, config: str = "demo-2%", **given: Any) -> dict[str, Any]:
+    """A run file. Of the figures, those given: validation, test, held_out, forgetting (against before)."""
+    held_out = given.pop("held_out", 4.5)
+    nll = {
+        "validation": given.pop("validation", 3.0), "test": given.pop("test", 2.9),
+        "heldout_a": held_out - 0.5, "heldout_b": held_out + 0.5, "forgetting": 2.0 + given.pop("forgetting", 0.25),
+    }  # fmt: skip
+    return {
+        "arm": arm, "family": "peft" if "lora" in arm else "lab", "config": config, "rate": rate, "seed": seed,
+        "options": {"train_from": 0, "frac": 0.02, "steps": 20, "model": "data/demo-moe"}, "machine": MACHINE,
+        "command": "python scripts/compare_methods.py --out runs", "commit": "abc1234", "trainable_parameters": 160000,
+        "artifact_bytes": 320000, "step_seconds": 0.2, "jobs": 2, "seconds": 50.1, "peak_private_bytes": 900_000_000,
+        "tokens": {"validation": 8000, "test": 8000}, "before": BEFORE, "start": BEFORE, "nll": nll, "reloaded": nll,
+        "routing": {"entropy_before": 0.97, "entropy": 0.96, "starved_experts": 0, "load_moved": 0.03},
+        "experts_moved": 90, "experts": 96, "losses": [3.7 - 0.04 * i for i in range(20)], "diverged": False,
+        "note": "rank 2 on the experts", **given,
+    }  # fmt: skip
+
+
+def write(folder: Path, data: dict[str, Any]) -> Path:
+    path = folder / data["config"] / data["arm"] / f"rate-{data['rate']}_seed-{data['seed']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    """Runs as they are read from files."""
+
+    def made(*args: Any, **given: Any) -> Run:
+        return read_run(write(tmp_path, content(*args, **given)))
+
+    return made
+
+
+def arm_of(make: Any, arm: str, **figures: Sequence[float]) -> ArmResult:
+    """One rate, whose neighbours diverged; the i-th value of each figure is that of seed i."""
+    n = len(next(iter(figures.values())))
+    runs = [make(arm, rate, diverged=True, nll=None) for rate in (5e-4, 2e-3)]
+    runs += [make(arm, 1e-3, seed, **{name: values[seed] for name, values in figures.items()}) for seed in range(n)]
+    return choose(runs)
+
+
+def held_out(run: Run) -> float | None:
+    return run.held_out
+
+
+# ---- run files ------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_run(make: Any) -> None:
+    run = make("ours", 1e-3, test=2.9, held_out=4.25, forgetting=0.125)
+    assert run.gain == pytest.approx(0.7)
+    assert run.held_out == pytest.approx(4.25)
+    assert run.forgetting == pytest.approx(0.125)
+    assert run.reload_difference == 0
+    assert run.at_rate_zero == (0, 0)
+    assert make("ours", 1e-3, reloaded=None).reload_difference is None
+    assert make("ours", 1e-3, reloaded={"test": 2.9, "forgetting": 2.5}).reload_difference == pytest.approx(0.25)
+    assert math.isnan(make("ours", 1e-3, reloaded={"test": None}).reload_difference)
+
+
+def test_partial_and_other_files_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, content("ours", 1e-3))
+    for name in ("rate-0.1_seed-0.json.tmp", ".rate-0.1_seed-0.json.12-ab.partial", "plan.json"):
+        (path.parent / name).write_text("{", encoding="utf-8")
+    assert [run.path for run in load_runs(tmp_path)] == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"seed": None}, "seed is missing"),
+        ({"seed": 1.5}, "seed: 1.5 is not a whole number"),
+        ({"rate": -1.0}, "rate: -1.0 is not above 0"),
+        ({"nll": None}, "nll is missing"),
+        ({"nll": {"test": 1.0}}, "of different texts"),
+        ({"before": {**BEFORE, "test": None}}, "before: None is not a number"),
+        ({"before": {"test": 1.0}}, "before: lacks 'validation'"),
+        ({"diverged": "no"}, "diverged: 'no' is neither true nor false"),
+        ({"losses": 3}, "losses: is not a list"),
+        ({"options": []}, "options: [] is not an object"),
+        ({"step_seconds": "fast"}, "step_seconds: 'fast' is not a number"),
+    ],
+)
+def test_broken_run_is_told_in_a_line(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    path = write(tmp_path, {**content("ours", 1e-3), **{k: v for k, v in change.items() if k not in ("rate", "seed")}})
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_runs(tmp_path)
+    assert str(path) in str(error.value)
+    assert what in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_file_that_is_no_run(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rate-1_seed-0.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="is not a run file"):
+        load_runs(tmp_path)
+
+
+def test_no_run_and_one_run_twice(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        load_runs(tmp_path)
+    write(tmp_path, content("ours", 1e-3))
+    (tmp_path / "rate-1e-3_seed-0.json").write_text(json.dumps(content("ours", 1e-3)), encoding="utf-8")
+    with pytest.raises(UserError, match="is the same run as"):
+        load_runs(tmp_path)
+
+
+def test_diverged_run_may_lack_figures(make: Any) -> None:
+    run = make("ours", 1e-3, diverged=True, nll=None, reloaded=None, losses=[3.0, None])
+    assert run.failed
+    assert math.isnan(run.test)
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_validation_alone_chooses(make: Any) -> None:
+    best = make("ours", 2e-3, validation=2.9, test=3.3, held_out=4.9, forgetting=0.9)
+    others = [make("ours", 1e-3, validation=3.0, test=2.0, held_out=4.0, forgetting=0.0), make("ours", 4e-3)]
+    assert choose([*others, best]).best is best
+    assert choose([*others, best]).rate_mark == ""
+
+
+def test_edge_of_the_sweep(make: Any) -> None:
+    def marks(*validation: float, **last: Any) -> str:
+        runs = [make("ours", 10.0 ** (i - 4), validation=value) for i, value in enumerate(validation)]
+        return choose([*runs, *([make("ours", 1.0, **last)] if last else [])]).rate_mark
+
+    assert marks(3.0, 2.9, 2.8) == marks(2.8, 2.9, 3.0) == "edge"
+    assert marks(3.0, 2.8, 2.9) == ""
+    assert marks(3.0) == "only rate"
+    assert marks(3.0, 2.9, diverged=True) == ""  # the next higher rate was tried
+
+
+def test_failed_runs_never_win(make: Any) -> None:
+    fine = make("ours", 1e-3, validation=3.5)
+    not_finite = make("ours", 2e-3, validation=None)
+    diverged = make("ours", 4e-3, validation=1.0, diverged=True)
+    without_test = make("ours", 8e-3, validation=1.0, test=None)
+    assert choose([not_finite, diverged, without_test, fine]).best is fine
+    none = choose([not_finite, diverged])
+    assert none.best is None
+    assert none.seeds == ()
+    assert none.spread(held_out) is None
+
+
+def test_seed_with_most_rates_is_the_sweeps(make: Any) -> None:
+    runs = [make("ours", 1e-3, 0, validation=2.0)]  # seed 0 ran one rate only
+    runs += [make("ours", rate, seed, validation=3.0 - 100 * rate) for rate in (1e-3, 2e-3) for seed in (1, 2)]
+    found = choose(runs)
+    assert [run.seed for run in found.sweep] == [1, 1]
+    assert found.rate == 2e-3
+    assert [run.seed for run in found.seeds] == [1, 2]
+
+
+def test_spread_is_over_seeds_that_finished(make: Any) -> None:
+    runs = [make("ours", 1e-3, seed, test=test) for seed, test in enumerate([2.0, 2.5, 3.0])]
+    runs.append(make("ours", 1e-3, 3, diverged=True, nll=None))
+    runs.append(make("ours", 2e-3, 0, validation=3.5, test=9.0))  # another rate has no part in it
+    found = choose(runs)
+    assert found.spread(lambda run: run.test) == pytest.approx(Spread(2.5, 0.5, 3))
+    assert found.failed == 1
+    assert tables.seeds_text(found) == "4 (1 diverged)"
+    assert choose(runs[:1]).spread(lambda run: run.test) == (2.0, None, 1)
+    assert tables.with_spread(choose(runs[:1]).spread(lambda run: run.test)) == "2.000"
+
+
+def test_order_of_configs_and_arms(make: Any) -> None:
+    runs = [make(arm, 1e-3, config=config) for config in ("demo-10%", "demo-2%", "demo-0.5%") for arm in "abc"]
+    found = results(runs, ["c", "missing", "b"])
+    assert list(found) == ["demo-0.5%", "demo-2%", "demo-10%"]
+    assert list(found["demo-2%"]) == ["c", "b", "a"]
+    assert sorted(["b-2%", "a", "b"], key=by_numbers) == ["a", "b", "b-2%"]
+
+
+# ---- comparisons ----------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_seed(make: Any) -> None:
+    one, other = arm_of(make, "a", held_out=[4.0, 5.0, 6.0]), arm_of(make, "b", held_out=[4.1, 5.2, 6.3])
+    found = difference(one, other, held_out)
+    assert found is not None
+    assert (found.n, found.paired, found.lower) == (3, True, 3)
+    assert found.mean == pytest.approx(-0.2)
+    assert found.sd == pytest.approx(0.1)  # the seeds' own spread is ten times that
+    assert found.interval == pytest.approx((-0.2 - 4.303 * 0.1 / 3**0.5, -0.2 + 4.303 * 0.1 / 3**0.5))
+
+
+def test_pairs_are_matched_by_seed_not_by_place(make: Any) -> None:
+    one = choose([make("a", 1e-3, seed, held_out=4.0 + seed) for seed in (1, 2, 3)])
+    other = choose([make("b", 1e-3, seed, held_out=4.5 + seed) for seed in (0, 2, 3)])
+    assert difference(one, other, held_out) == pytest.approx((-0.5, 0.0, 2, True, 2))
+
+
+def test_differences_without_common_seeds(make: Any) -> None:
+    one = choose([make("a", 1e-3, seed, held_out=value) for seed, value in enumerate([4.0, 4.6, 4.3])])
+    other = choose([make("b", 1e-3, seed, held_out=value) for seed, value in ((7, 5.0), (8, 5.8), (9, 5.4))])
+    found = difference(one, other, held_out)
+    assert found is not None
+    assert found.mean == pytest.approx(-1.1)
+    assert found.sd == pytest.approx(0.5)  # sqrt(0.3^2 + 0.4^2)
+    assert (found.paired, found.lower, found.interval) == (False, None, None)
+    single = choose([make("b", 1e-3, 1, held_out=5.0)])
+    assert difference(one, single, held_out) == pytest.approx((-0.4, None, 1, True, None))  # seed 1 against seed 1
+
+
+def test_share_of_fulls_gain(make: Any) -> None:
+    full = arm_of(make, "full", test=[2.6, 2.4])  # gains 1.0, 1.2
+    assert gain_share(arm_of(make, "ours", test=[2.7, 2.4]), full) == pytest.approx((0.95, math.sqrt(0.005), 2))
+    one = gain_share(arm_of(make, "ours", test=[2.5]), full)  # 1.1 of 1.1
+    assert one is not None
+    assert (one.mean, one.sd) == (pytest.approx(1.0), None)
+    assert gain_share(full, arm_of(make, "worse", test=[3.7, 3.8])) is None
+
+
+def test_forgetting_at_equal_gain(make: Any) -> None:
+    gains = [(1e-4, 3.2, 0.1), (1e-3, 2.8, 0.5), (1e-2, 3.0, 2.0)]  # gains 0.4, 0.8, 0.6
+    sweep = choose([make("lora", rate, test=test, forgetting=lost) for rate, test, lost in gains]).sweep
+
+    def at(gain: float) -> float | None:
+        found = forgetting_at_gain(sweep, gain)
+        assert found is not None
+        assert found.top == pytest.approx((0.8, 0.5))
+        return found.forgetting
+
+    assert at(0.6) == pytest.approx(0.3)  # of the rising branch, which forgets less than the falling one
+    assert at(0.2) == pytest.approx(0.05)  # between where it starts and its lowest rate
+    assert at(0.9) is None
+    assert at(-0.1) is None
+
+
+def test_forgetting_starts_where_the_arm_starts(make: Any) -> None:
+    start = {**BEFORE, "test": 3.8, "forgetting": 2.1}  # a 4-bit base: gain -0.2, forgetting 0.1
+    sweep = [make("qlora", 1e-3, test=3.2, forgetting=0.4, start=start)]
+    found = forgetting_at_gain(sweep, 0.1)
+    assert found is not None
+    assert found.forgetting == pytest.approx(0.25)
+    unknown = forgetting_at_gain([make("qlora", 1e-3, test=3.2, start=None)], 0.1)
+    assert unknown is not None
+    assert unknown.forgetting is None
+    assert forgetting_at_gain([make("qlora", 1e-3, diverged=True)], 0.1) is None
+
+
+# ---- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def judge(*arms: ArmResult) -> dict[str, str]:
+    """Target -> status, of ours against lora."""
+    found = verdicts({arm.arm: arm for arm in arms}, "ours", "full", ["lora"])
+    return {target: overall(found, target) for target in TARGETS}
+
+
+def three(make: Any, ours: dict[str, Any], lora: dict[str, Any]) -> dict[str, str]:
+    return judge(
+        arm_of(make, "full", test=[2.6, 2.6]), arm_of(make, "ours", **ours), arm_of(make, "lora", **lora)
+    )  # fmt: skip
+
+
+def test_every_target_reached(make: Any) -> None:
+    ours = {"test": [2.62, 2.64], "held_out": [4.0, 4.1], "forgetting": [0.1, 0.1]}
+    lora = {"test": [2.6, 2.6], "held_out": [4.2, 4.31], "forgetting": [0.2, 0.2]}
+    assert three(make, ours, lora) == dict.fromkeys(TARGETS, REACHED)
+
+
+def test_every_target_missed(make: Any) -> None:
+    other = dict(BEFORE)
+    ours = {"test": [2.7, 2.8], "held_out": [4.0, 4.2], "forgetting": [0.3, 0.3], "reloaded": [other, other]}
+    lora = {"test": [2.6, 2.6], "held_out": [4.3, 4.21], "forgetting": [0.2, 0.2]}  # -0.3, -0.01: within their spread
+    assert three(make, ours, lora) == dict.fromkeys(TARGETS, NOT_REACHED)
+
+
+def test_one_seed_decides_no_held_out(make: Any) -> None:
+    assert three(make, {"held_out": [4.0]}, {"held_out": [4.5]})["held-out"] == UNDECIDED
+    assert three(make, {"held_out": [4.6]}, {"held_out": [4.5]})["held-out"] == NOT_REACHED
+
+
+def test_seed_that_diverged_reaches_nothing(make: Any) -> None:
+    ours = choose([*arm_of(make, "ours", test=[2.6, 2.6]).seeds, make("ours", 1e-3, 2, diverged=True, nll=None)])
+    assert set(judge(arm_of(make, "full", test=[2.6, 2.6]), ours).values()) == {NOT_REACHED}
+    lost = choose([make("ours", 1e-3, diverged=True)])
+    assert set(judge(lost).values()) == {NOT_REACHED}
+
+
+def test_gain_beyond_the_peers_sweep(make: Any) -> None:
+    lora = {"test": [2.9], "forgetting": [0.2]}
+    # Ours gains 0.9; on the line from (0, 0) it forgets 7/9 of its forgetting at the peer's 0.7.
+    assert three(make, {"test": [2.7], "forgetting": [0.25]}, lora)["forgetting"] == REACHED
+    assert three(make, {"test": [2.7], "forgetting": [0.26]}, lora)["forgetting"] == NOT_REACHED
+    unknown = {"test": [2.7], "forgetting": [0.1], "start": [None]}  # no line, so nothing at 0.7
+    assert three(make, unknown, lora)["forgetting"] == UNDECIDED
+    assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts
+
+
+def test_what_was_not_run_is_undecided(make: Any) -> None:
+    assert judge(arm_of(make, "ours", test=[2.7], reloaded=[None])) == dict.fromkeys(TARGETS, UNDECIDED)
+    assert verdicts({"lora": arm_of(make, "lora", test=[2.7])}, "ours", "full", ["lora"]) == []
+    lost = choose([make("lora", 1e-3, diverged=True)])
+    found = judge(arm_of(make, "ours", test=[2.7, 2.7]), lost)
+    assert (found["held-out"], found["forgetting"]) == (UNDECIDED, UNDECIDED)
+
+
+def test_rate_at_the_edge_leaves_it_undecided(make: Any) -> None:
+    full, ours = arm_of(make, "full", test=[2.6, 2.6]), arm_of(make, "ours", test=[2.6, 2.6], held_out=[4.0, 4.0])
+    lora = [make("lora", 1e-3, seed, held_out=4.2) for seed in (0, 1)]
+    beyond = make("lora", 2e-3, diverged=True)
+    below = make("lora", 5e-4, validation=3.5)
+    assert judge(full, ours, choose([below, *lora, beyond]))["held-out"] == REACHED
+    assert judge(full, ours, choose([below, *lora]))["held-out"] == UNDECIDED
+    assert judge(full, ours, choose(lora))["held-out"] == UNDECIDED
+    assert judge(choose([make("full", 1e-3, test=2.6)]), ours)["gain"] == UNDECIDED
+    assert judge(choose([make("full", 1e-3, test=2.0)]), ours)["gain"] == NOT_REACHED  # a better rate changes nothing
+
+
+def test_unequal_parameters_are_named(make: Any) -> None:
+    ours = choose([make("ours", 1e-3, held_out=4.0)])
+    lora = choose([make("lora", 1e-3, trainable_parameters=80000)])
+    text = " ".join(one.text for one in verdicts({"ours": ours, "lora": lora}, "ours", "full", ["lora"]))
+    assert "(160,000 against 80,000 parameters)" in text
+
+
+# ---- tables and the report ------------------------------------------------------------------------------------------
+
+
+def test_quality_row(make: Any) -> None:
+    full = arm_of(make, "full", test=[2.6, 2.6])
+    arm = choose([make("ours", r, s, validation=3 - r, test=2.6 + s / 10) for r in (1e-3, 5e-3) for s in (0, 1)])
+    assert tables.quality_row(arm, full) == [
+        "ours", "160,000", "0.32", "0.005 (edge)", "2", "2.650 ± 0.071", "14.15", "95.0% ± 7.1", "4.500 ± 0.000",
+        "+0.250 ± 0.000",
+    ]  # fmt: skip
+    assert tables.quality_row(arm, None)[7] == "-"
+
+
+def test_absent_figures_are_dashes(make: Any) -> None:
+    optional = ("artifact_bytes", "trainable_parameters", "step_seconds", "jobs", "seconds", "peak_private_bytes")
+    absent = dict.fromkeys((*optional, "routing", "experts_moved", "experts", "reloaded", "note"), None)
+    before = {"validation": 3.7, "test": 3.6}
+    arm = choose([make("none", None, **absent, before=before, nll=before, start=None)])
+    assert tables.quality_row(arm, arm) == ["none", "-", "-", "-", "1", "3.600", "36.60", "-", "-", "-"]
+    assert tables.cost_row(arm) == ["none", *["-"] * 10, ""]
+    assert tables.sweep_row(arm.sweep[0], False) == ["none", "-", "0", "3.700", "-", "-", ""]
+
+
+def test_ablation_rows(make: Any) -> None:
+    base = arm_of(make, "ours", test=[2.6, 2.7], held_out=[4.0, 4.0], forgetting=[0.1, 0.1])
+    arm = arm_of(make, "frozen", test=[2.7, 2.82], held_out=[3.9, 3.9], forgetting=[0.1, 0.1])
+    row = tables.ablation_row(arm, base)
+    assert row[2:] == ["+0.1100 ± 0.0141", "-0.1000 ± 0.0000", "+0.0000 ± 0.0000", "2 paired"]
+    shown = tables.ablation_table({"ours": base, "frozen": arm}, "ours", ["ours", "frozen", "not run"])
+    assert len(shown.splitlines()) == 3
+
+
+def test_markdown_escapes_bars() -> None:
+    assert tables.markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
+
+
+def test_loss_curve_is_a_running_mean() -> None:
+    steps, means = plots.loss_curve([float(i) for i in range(30)])  # of three each
+    assert list(steps) == list(range(3, 31))
+    assert list(means) == pytest.approx([i - 2.0 for i in range(3, 31)])
+    assert plots.loss_curve([2.0]) == ([1], [2.0])
+    assert len(plots.loss_curve([1.0] * 1000)[0]) <= plots.POINTS
+
+
+def test_differing_runs_are_warned_of(make: Any) -> None:
+    runs = [make("ours", 1e-3), make("lora", 1e-3, options={"steps": 60}, before={**BEFORE, "test": 3.7}, tokens={})]
+    found = " ".join(report.warnings(runs))
+    assert "differ in steps: 20, 60" in found
+    assert "different NLL in different runs (test)" in found
+    assert "number of tokens" in found
+    assert report.warnings(runs[:1]) == []
+
+
+def fill(folder: Path) -> None:
+    """Two configurations, one of them without full fine-tuning, one arm that diverged at its highest rate."""
+    for config, arms in {"demo-2%": ("none", "full", "lora", "ours"), "demo-10%": ("lora", "ours")}.items():
+        for arm in arms:
+            rates = [None] if arm == "none" else [1e-3, 2e-3, 4e-3]
+            for i, rate in enumerate(rates):
+                write(folder, content(arm, rate, config=config, validation=2.9 + 0.1 * abs(i - 1), test=2.8 + i / 10))
+            write(folder, content(arm, rates[len(rates) // 2], 1, config=config))
+    write(folder, content("lora", 8e-3, nll=None, reloaded=None, diverged=True, losses=[3.0, None, None]))
+
+
+def test_written_report(tmp_path: Path) -> None:
+    fill(tmp_path / "runs")
+    question = Question(arms=["none", "full", "lora", "ours"], ablations=[Ablation("peers", "ours", ["lora"])])
+    paths = write_report(tmp_path / "runs", tmp_path / "out", question)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in paths)
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert text.count("python scripts/compare_methods.py --out runs") == 1
+    assert "Some CPU, 2 threads" in text
+    assert "`abc1234`" in text
+    assert text.index("## demo-2%") < text.index("## demo-10%")
+    assert text.count("Ablation, peers") == 2
+    assert "| lora | 0.008 | 0 | - | - | - | diverged |" in text
+    assert "full was not run" in text.split("## demo-10%")[1]
+    for path in paths:
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
+            assert f"]({path.name})" in text
+            assert path.stat().st_size < 100_000
+
+
+def test_report_comes_out_the_same_again(tmp_path: Path) -> None:
+    fill(tmp_path / "runs")
+    first, second = (write_report(tmp_path / "runs", tmp_path / name) for name in ("one", "two"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_csv_has_every_run(tmp_path: Path) -> None:
+    fill(tmp_path / "runs")
+    write_report(tmp_path / "runs", tmp_path / "out", Question(arms=["none", "full", "lora", "ours"]))
+    with open(tmp_path / "out" / "runs.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(load_runs(tmp_path / "runs"))
+    assert [row["arm"] for row in rows[:3]] == ["none", "none", "full"]
+    assert {row["rate"] for row in rows if row["chosen_rate"] == "1" and row["arm"] == "ours"} == {"0.002"}
+    lost = next(row for row in rows if row["diverged"] == "1")
+    assert (lost["arm"], lost["nll_test"], lost["gain_test"]) == ("lora", "", "")
+    fine = next(row for row in rows if row["arm"] == "full" and row["rate"] == "0.001")
+    assert (float(fine["nll_test"]), float(fine["nll_heldout"])) == (2.8, 4.5)
+    assert float(fine["option_frac"]) == 0.02
+
+
+def test_report_of_a_single_run(tmp_path: Path) -> None:
+    """One arm, one seed, one rate, nothing optional: as it is early in a comparison."""
+    bare = {name: content("lora", 1e-3)[name] for name in ("arm", "config", "seed", "rate", "before", "nll")}
+    write(tmp_path / "runs", bare)
+    write_report(tmp_path / "runs", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "0.001 (only rate)" in text
+    assert "## Targets" not in text
+    assert "Commands not known." in text
+
+
+def test_peers_are_the_family_unless_named(make: Any) -> None:
+    arms = {name: choose([make(name, 1e-3)]) for name in ("full", "lora", "dora-lora", "ours")}
+    assert Question().rivals(arms) == ["lora", "dora-lora"]
+    assert Question(peers=["lora"]).rivals(arms) == ["lora"]
+    found = {"demo-2%": arms}
+    runs = [run for arm in arms.values() for run in arm.sweep]
+    assert "against dora-lora" in report_text(runs, found, Question())
+    assert "against dora-lora" not in report_text(runs, found, Question(peers=["lora"]))
