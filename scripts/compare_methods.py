@@ -41,10 +41,13 @@ from usaf.errors import RunError, UserError
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    from comparison.report import Question
+
 GRID = (1, 2, 5)
 MOST_RATES = 7
 DEMO_SETTINGS = {"ROUTER_LR": "2e-4"}
 SWEEP_SEED = 0
+UNTRAINED = "none"
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,14 @@ def finished(arm: str, folder: Path) -> dict[Run, float]:
 
 
 def run_all(plan: argparse.Namespace, bed: Bed, folder: Path) -> int:
-    """Every arm to its end, `--jobs` runs at a time; returns how many failed."""
+    """Every arm to its end, `--jobs` runs at a time; returns how many failed. What the untrained model gives, which
+    every run's file has too, comes first."""
     from comparison.arms import EVERY
 
     context = processes()
+    untrained = Run(UNTRAINED, None, SWEEP_SEED)
+    if not untrained.path(folder).is_file():
+        one_run(context, plan, bed, untrained, folder)
     failed: set[Run] = set()
     running: dict[Future[None], Run] = {}
     with ThreadPoolExecutor(plan.jobs) as pool:
@@ -167,8 +174,12 @@ def one_run(context: Any, plan: argparse.Namespace, bed: Bed, run: Run, folder: 
         receiver.close()
     if isinstance(figures, UserError):
         raise figures
-    figures |= {"config": plan.config, "jobs": plan.jobs, "command": plan.command, "commit": plan.commit,
-                "machine": plan.machine}  # fmt: skip
+    untrained = figures if run.arm == UNTRAINED else read_result(Run(UNTRAINED, None, SWEEP_SEED).path(folder))
+    assert untrained is not None
+    figures |= {
+        "before": untrained["nll"], "config": plan.config, "jobs": plan.jobs, "command": plan.command,
+        "commit": plan.commit, "machine": plan.machine,
+    }  # fmt: skip
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(cleaned(figures), indent=1), encoding="utf-8")
     os.replace(partial, path)
@@ -262,6 +273,16 @@ def bed_of(arguments: argparse.Namespace) -> Bed:
     )  # fmt: skip
 
 
+def question() -> Question:
+    """What the report is to say."""
+    from comparison.arms import ABLATIONS, ARMS, EVERY
+    from comparison.report import Ablation, Question
+
+    rivals = [name for name, arm in ARMS.items() if arm.family == "peft" and "budget" not in arm.options]
+    ablations = [Ablation("The method's options, one at a time", "lab", [a for a in ABLATIONS if a != "lab"])]
+    return Question("Methods compared", "usaf", "full", rivals, list(EVERY), ablations)
+
+
 def compare_command(arguments: argparse.Namespace) -> int:
     from bench_model import further_settings
     from benchmark import machine
@@ -270,7 +291,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
         from comparison.report import write_report
 
         output = arguments.output or Path("docs/results") / arguments.folder.name
-        write_report(arguments.folder, output)
+        write_report(arguments.folder, output, question())
         say(f"report: {output}")
         return 0
     bed = bed_of(arguments)

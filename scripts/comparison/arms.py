@@ -192,7 +192,7 @@ def run_none(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     bases = {base: evaluate_dense(dense_model(bed, session, base), bed.rows(session))
              for base in ("original", "hqq4", "minmax4")}  # fmt: skip
     return {
-        "trainable_parameters": 0, "artifact_bytes": 0, "nll": bases["original"], "before": bases["original"],
+        "trainable_parameters": 0, "artifact_bytes": 0, "nll": bases["original"],
         "start": bases["original"], "bases": bases, "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
 
