@@ -279,7 +279,10 @@ def question() -> Question:
     from comparison.report import Ablation, Question
 
     rivals = [name for name, arm in ARMS.items() if arm.family == "peft" and "budget" not in arm.options]
-    ablations = [Ablation("The method's options, one at a time", "lab", [a for a in ABLATIONS if a != "lab"])]
+    ablations = [
+        Ablation(f"one thing changed of {baseline}", baseline, [a for a in ABLATIONS if a.startswith(f"{baseline}-")])
+        for baseline in ("lab", "usaf")
+    ]
     return Question("Methods compared", "usaf", "full", rivals, list(EVERY), ablations)
 
 

@@ -76,6 +76,8 @@ ARMS: dict[str, Arm] = {
 ABLATIONS: dict[str, Arm] = {
     "lab": lab("the product's method on dense weights: the judge of the product, and the others' baseline"),
     "lab-original": lab("on the unquantised base", base="original"),
+    "lab-group-64": lab("on a base with a scale for every 64 weights", base="hqq4-64"),
+    "lab-8-bit-base": lab("on a base of 8 bits", base="hqq8-128"),
     # which weights
     "lab-samples-2": lab("importance from 2 sequences", samples=2),
     "lab-samples-16": lab("importance from 16 sequences", samples=16),
@@ -113,12 +115,19 @@ ABLATIONS: dict[str, Arm] = {
     "lab-low-rank": lab("half of the budget in LoRA of rank 1", low_rank=1, share=0.5),
     "lab-attention": lab("the budget spent on experts and attention", sparse=("experts", "attention")),
     "lab-attention-global": lab("one budget for experts and attention", sparse=("experts", "attention"), scope="all"),
+    "lab-embedding": lab("the budget spent on embeddings alone", sparse=("embedding",)),
     "lab-norms": lab("and every norm", whole=("router", "norms")),
     "lab-all-global": lab("one budget for experts, attention, embeddings", sparse=("experts", "attention", "embedding"),
                           scope="all"),
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
+    # settings
+    "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),
+    "usaf-warmup-0.2": usaf("warm-up of a fifth", WARMUP=0.2),
+    "usaf-clip-0.3": usaf("gradients clipped at 0.3", GRAD_CLIP=0.3),
+    "usaf-clip-100": usaf("gradients not clipped", GRAD_CLIP=100),
+    "usaf-decay": usaf("weight decay of 0.1", WEIGHT_DECAY=0.1),
 }  # fmt: skip
-"""Each differs from `lab` in one thing."""
+"""Each differs from `lab`, or from `usaf`, in one thing."""
 
 EVERY = {**ARMS, **ABLATIONS}
 

@@ -10,7 +10,8 @@ one seed see the same tokens in the same micro-batches. Splits of the training f
 Whole held-out files (`heldout_*`) are reported too, and `forgetting`, text like that of the pretraining.
 
 A "base" is what an arm starts from: `original`, the checkpoint's own weights in fp32; `hqq4`, its experts in 4-bit HQQ,
-dequantised; `minmax4`, the same with plain min-max rounding, as the earlier tool had it.
+dequantised; `hqq4-64`, `hqq8-128`: other groups or bits; `minmax4`, 4 bits with plain min-max rounding,
+as the earlier tool had it.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def dense_model(bed: Bed, session: Session, base: str) -> PreTrainedModel:
         return model
     from usaf.expert_store import open_or_make
     from usaf.experts import projection_names
-    from usaf.quantization import dequantize, quantize_minmax
+    from usaf.quantization import dequantize, quantize, quantize_minmax
 
     values = session.settings.values
     store = session.store or open_or_make(
@@ -137,7 +138,13 @@ def dense_model(bed: Bed, session: Session, base: str) -> PreTrainedModel:
         assert not experts.is_transposed, "a family whose experts are stored the other way round"
         for attribute, target in zip(projection_names(experts), targets, strict=True):
             weight = experts.get_parameter(attribute)
-            stored = store[target] if base == "hqq4" else quantize_minmax(weight.data, values.group_size)
+            if base == "hqq4":
+                stored = store[target]
+            elif base == "minmax4":
+                stored = quantize_minmax(weight.data, values.group_size)
+            else:
+                bits, group = base.removeprefix("hqq").split("-")
+                stored = quantize(weight.data, int(group), int(bits))
             weight.data.copy_(dequantize(stored, torch.float32))
     return model
 
