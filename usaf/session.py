@@ -33,7 +33,7 @@ from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
 from usaf.evaluation import Evaluation, evaluate
 from usaf.expert_bank import ExpertBank
-from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
+from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store, shapes_of
 from usaf.files import fingerprint
 from usaf.fused_experts import runs_fused
 from usaf.memory import available_bytes
@@ -47,6 +47,8 @@ from usaf.source_folder import resolve_model
 from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
+RATE_TIMES_WIDTH = 0.8
+"""LR_PEAK's default times the hidden size."""
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
@@ -187,8 +189,9 @@ def prepare_model(settings: ResolvedSettings, decisions: dict[str, Any] | None =
     torch.set_num_threads(chosen["threads"])
     attention = chosen["attention"]
     checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
+    settings = resolve_learning_rate(resolve_train_from(settings, checkpoint), checkpoint)
     return ModelSession(
-        settings=resolve_train_from(settings, checkpoint), backend=backend, checkpoint=checkpoint, decisions=chosen,
+        settings=settings, backend=backend, checkpoint=checkpoint, decisions=chosen,
         store=open_quantised(checkpoint, values),
     )  # fmt: skip
 
@@ -243,6 +246,15 @@ def open_quantised(checkpoint: Checkpoint, values: Settings) -> ExpertStore | No
 
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
     return settle_train_from(settings, checkpoint.num_layers(), checkpoint.handover.splits, checkpoint.moe_layers())
+
+
+def resolve_learning_rate(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
+    """LR_PEAK, where it is not set: the wider a layer, the more weights move together in each of its sums, and the less
+    each may (docs/decisions.md has the sweeps)."""
+    if settings.values.lr_peak is not None:
+        return settings
+    hidden = next(iter(shapes_of(checkpoint).values()))[2]
+    return settings.replace("model", lr_peak=float(f"{RATE_TIMES_WIDTH / hidden:.2g}"))
 
 
 def settle_train_from(

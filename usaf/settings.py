@@ -201,10 +201,11 @@ class Settings:
     microbatch: int = _setting(2, _at_least(1), "sequences per micro-batch")
     accum: int = _setting(1, _at_least(1), "micro-batches per step")
     seq_len: int = _setting(512, _at_least(8), "tokens per sequence when the data is text")
-    lr_peak: float = _setting(
-        2e-4,
+    lr_peak: float | None = _setting(
+        None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of the deltas, warm-up then cosine",
+        unset="0.8 / hidden size, so 3.9e-4 for one of 2048",
     )
     reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
     use_cuda: bool | None = _setting(

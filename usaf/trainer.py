@@ -148,6 +148,7 @@ class Trainer:
         norm = float(gradient_norm(gradients.values()))
         loss *= scale
         skipped = not (math.isfinite(loss) and math.isfinite(norm) and self._captured_are_finite())
+        assert self.settings.lr_peak is not None, "settled when the model was opened"
         rate = self._learning_rate(self.settings.lr_peak)
         router_rate = self._learning_rate(self.settings.router_lr) if self.routers else 0.0
         if skipped:
