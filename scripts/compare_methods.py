@@ -21,11 +21,12 @@ import math
 import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 GRID = (1, 2, 5)
 MOST_RATES = 7
-DEMO_SETTINGS = {"ROUTER_LR": "2e-4"}
+DEMO_SETTINGS = {"ROUTER_LR": "2e-4"}  # as `usaf.demo` has it
 SWEEP_SEED = 0
 UNTRAINED = "none"
 
@@ -101,15 +102,22 @@ def wanted_runs(
     return [run for run in (Run(arm, best, seed) for seed in range(1, seeds)) if run not in done]
 
 
-def finished(arm: str, folder: Path) -> dict[Run, float]:
-    """The runs of an arm that are on disk, with their validation NLL."""
+def finished(arm: str, folder: Path, options: dict[str, Any]) -> dict[Run, float]:
+    """The runs of an arm that are on disk, with their validation NLL.
+
+    Raises UserError for one that was made otherwise than `options` say.
+    """
     found = {}
     for path in (folder / arm).glob("rate-*_seed-*.json"):
         result = read_result(path)
-        if result is not None:
-            nll = result["nll"]["validation"]
-            lost = result.get("diverged") or nll is None or not math.isfinite(nll)
-            found[Run(arm, result["rate"], result["seed"])] = math.inf if lost else nll
+        if result is None:
+            continue
+        for name, value in options.items():
+            if result["options"].get(name) != value:
+                raise UserError(f"{path}: was run with {name} {result['options'].get(name)}, and this is {value}; give "
+                                "another --folder, or what it was run with")  # fmt: skip
+        lost = result.get("diverged") or any(v is None for v in result["nll"].values())
+        found[Run(arm, result["rate"], result["seed"])] = math.inf if lost else result["nll"]["validation"]
     return found
 
 
@@ -118,23 +126,19 @@ def finished(arm: str, folder: Path) -> dict[Run, float]:
 
 def run_all(plan: argparse.Namespace, bed: Bed, folder: Path) -> int:
     """Every arm to its end, `--jobs` runs at a time; returns how many failed. What the untrained model gives, which
-    every run's file has too, comes first."""
-    from comparison.arms import EVERY
-
-    context = processes()
-    untrained = Run(UNTRAINED, None, SWEEP_SEED)
-    if not untrained.path(folder).is_file():
-        one_run(context, plan, bed, untrained, folder)
+    every run's file has too, comes first; then arms in their order, so that what is there is complete."""
+    context, options = processes(), bed.describe(plan.settings)
     failed: set[Run] = set()
     running: dict[Future[None], Run] = {}
-    with ThreadPoolExecutor(plan.jobs) as pool:
+    untrained = Run(UNTRAINED, None, SWEEP_SEED)
+    if untrained not in finished(UNTRAINED, folder, options):
+        one_run(context, plan, bed, untrained, folder)
+    pool = ThreadPoolExecutor(plan.jobs)
+    try:
         while True:
-            for arm in plan.arms:
-                guess = EVERY[arm].guess or None
-                wanted = wanted_runs(arm, guess, plan.rates, plan.seeds, finished(arm, folder))
-                for run in wanted:
-                    if run not in failed and run not in running.values():
-                        running[pool.submit(one_run, context, plan, bed, run, folder)] = run
+            for run in upcoming(plan, folder, options, failed):
+                if run not in running.values() and len(running) < plan.jobs:
+                    running[pool.submit(one_run, context, plan, bed, run, folder)] = run
             if not running:
                 return len(failed)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -143,6 +147,19 @@ def run_all(plan: argparse.Namespace, bed: Bed, folder: Path) -> int:
                 if error is not None:
                     failed.add(run)
                     say(f"{run.arm} rate {run.rate} seed {run.seed}: failed: {error}")
+    finally:
+        for child in multiprocessing.active_children():  # Ctrl-C, or a failure of ours
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def upcoming(plan: argparse.Namespace, folder: Path, options: dict[str, Any], failed: set[Run]) -> Iterator[Run]:
+    """What is still to be run, arm by arm."""
+    from comparison.arms import EVERY
+
+    for arm in plan.arms:
+        done = finished(arm, folder, options) | {run: math.inf for run in failed if run.arm == arm}
+        yield from wanted_runs(arm, EVERY[arm].guess or None, plan.rates, plan.seeds, done)
 
 
 def processes() -> Any:
@@ -290,6 +307,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
     from bench_model import further_settings
     from benchmark import machine
 
+    from usaf.files import locked
+
     if arguments.part == "report":
         from comparison.report import write_report
 
@@ -299,14 +318,18 @@ def compare_command(arguments: argparse.Namespace) -> int:
         return 0
     bed = bed_of(arguments)
     bed.split()
-    arguments.settings = {**DEMO_SETTINGS, **further_settings(arguments.settings)}
+    own = DEMO_SETTINGS if arguments.model is None else {}
+    arguments.settings = {**own, **further_settings(arguments.settings)}
     arguments.config = f"{bed.model.name}-from{bed.train_from}-{bed.frac:g}"
     arguments.machine = machine()
     arguments.commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     ).stdout.strip()
     folder = arguments.folder / arguments.config
-    return 1 if run_all(arguments, bed, folder) else 0
+    with locked(arguments.folder / ".lock", UserError(f"--folder {arguments.folder}: another command runs there; wait "
+                                                      "for it, or give another")):  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        return 1 if run_all(arguments, bed, folder) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

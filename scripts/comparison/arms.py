@@ -4,8 +4,7 @@
     usaf*                                                        the product itself, by its settings
     random, earlier, and every ablation that is no setting       masked dense weights (`lab`)
 
-Ranks follow the budget: an adapter gets the rank whose weights come closest to what USAF trains, its routers included,
-and at least 1.
+Ranks follow the budget: adapters get what USAF trains, its routers included, down to less than one rank of one layer.
 """
 
 from __future__ import annotations
@@ -18,14 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from comparison.bed import (
-    Bed,
-    Loads,
-    dense_model,
-    evaluate_dense,
-    routing_figures,
-    tokens_of,
-)
+from comparison.bed import Bed, Loads, dense_model, evaluate_dense, routing_figures, tokens_of
+from usaf.errors import RunError, UserError, one_line
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -99,11 +92,11 @@ ABLATIONS: dict[str, Arm] = {
     "lab-drop-50": lab("50% dropped at first", drop_fraction=0.5),
     "lab-every-10": lab("reselected every 10 steps", reselect_every=10),
     "lab-every-25": lab("reselected every 25 steps", reselect_every=25),
-    "lab-until-80": lab("reselected in the first 80% of the steps", reselect_until=0.8),
+    "lab-until-85": lab("reselected in the first 85% of the steps", reselect_until=0.85),
     "lab-capture-1": lab("candidates from 1 step", capture_steps=1),
     "lab-capture-16": lab("candidates from 16 steps", capture_steps=16),
     # routers
-    "lab-router-0": lab("routers frozen", router_rate=0.0),
+    "lab-router-0": lab("routers frozen", whole=()),
     "lab-router-1e-3": lab("routers at 1e-3", router_rate=1e-3),
     "lab-router-3e-3": lab("routers at 3e-3", router_rate=3e-3),
     "lab-router-dense": lab("dense router gradient", router_gradient="dense"),
@@ -112,7 +105,7 @@ ABLATIONS: dict[str, Arm] = {
     "lab-gumbel": lab("Gumbel noise of 0.3 on the routing", gumbel=0.3),
     "lab-balance": lab("load-balancing loss of 1e-3", balance=1e-3),
     # what else trains
-    "lab-low-rank": lab("half of the budget in LoRA of rank 1", low_rank=1, share=0.5),
+    "lab-low-rank": lab("LoRA of rank 1 on the experts, the rest of the budget sparse", low_rank=1),
     "lab-attention": lab("the budget spent on experts and attention", sparse=("experts", "attention")),
     "lab-attention-global": lab("one budget for experts and attention", sparse=("experts", "attention"), scope="all"),
     "lab-embedding": lab("the budget spent on embeddings alone", sparse=("embedding",)),
@@ -134,21 +127,41 @@ EVERY = {**ARMS, **ABLATIONS}
 
 def run_arm(bed: Bed, name: str, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
     """One run. further: settings of USAF that every arm shares."""
-    from usaf.memory import PeakMemory
-
     began = time.perf_counter()
-    memory = PeakMemory()
-    start = memory.private
     arm = EVERY[name]
     work: dict[str, Callable[..., dict[str, Any]]] = {
         "none": run_none, "full": run_full, "peft": run_peft, "usaf": run_usaf, "lab": run_lab,
     }  # fmt: skip
-    figures = work[arm.family](bed, arm, rate, seed, further)
-    memory.stop()
+    figures = {"note": arm.about, **work[arm.family](bed, arm, rate, seed, further)}
     return {
-        "arm": name, "family": arm.family, "options": bed.describe(), "rate": rate, "seed": seed, "note": arm.about,
-        "seconds": time.perf_counter() - began, "peak_private_bytes": memory.private - start, **figures,
+        "arm": name, "family": arm.family, "options": bed.describe(further), "rate": rate, "seed": seed, **figures,
+        "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+class TrainingPeak:
+    """Private memory of the block at its fullest, with the model that was there before it and without what the process
+    held before that model."""
+
+    def __init__(self, before: int) -> None:
+        self.before = before
+
+    def __enter__(self) -> TrainingPeak:
+        from usaf.memory import PeakMemory, return_freed
+
+        return_freed()
+        self.memory = PeakMemory()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.memory.stop()
+        self.bytes = self.memory.private - self.before
+
+
+def held() -> int:
+    from usaf.memory import private_bytes
+
+    return private_bytes()
 
 
 def expert_names(session: Any) -> list[str]:
@@ -206,14 +219,16 @@ def run_none(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     }  # fmt: skip
 
 
-def dense_figures(bed: Bed, session: Any, model: Any, train: Callable[[], Any]) -> dict[str, Any]:
-    """Train between two evaluations."""
+def dense_figures(bed: Bed, session: Any, model: Any, before: int, train: Callable[[], Any]) -> dict[str, Any]:
+    """Train between two evaluations. before: private bytes without the model."""
     start, loads = judged(bed, session, model)
-    trained = train()
+    with TrainingPeak(before) as peak:
+        trained = train()
     nll, after = judged(bed, session, model)
     return {
         "start": start, "nll": nll, "routing": routing_figures(loads, after), "losses": trained.losses,
-        "step_seconds": trained.step_seconds, "diverged": trained.diverged, "tokens": tokens_of(bed.rows(session)),
+        "step_seconds": trained.step_seconds, "diverged": trained.diverged, "peak_private_bytes": peak.bytes,
+        "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
 
 
@@ -221,16 +236,16 @@ def run_full(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     from comparison.dense import Unit, train
 
     assert rate is not None
-    session = seeded_session(bed, seed, further)
+    session, before = seeded_session(bed, seed, further), held()
     model = dense_model(bed, session, "original")
     model.requires_grad_(False)
     chosen = {
         n: p for n, p in model.named_parameters()
         if bed.train_from == 0 or (".layers." in n and int(n.split(".layers.")[1].split(".")[0]) >= bed.train_from)
     }  # fmt: skip
-    original = {n: p.detach().clone() for n, p in chosen.items()}
     units = [Unit(n, p) for n, p in chosen.items()]
-    figures = dense_figures(bed, session, model, lambda: train(model, session, units, rate))
+    figures = dense_figures(bed, session, model, before, lambda: train(model, session, units, rate))
+    original = dict(dense_model(bed, session, "original").named_parameters())
     size = sum(p.numel() for p in chosen.values())
     with tempfile.TemporaryDirectory() as folder:
         from safetensors.torch import load_file, save_file
@@ -241,7 +256,7 @@ def run_full(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         fresh.load_state_dict(load_file(path), strict=False)
         figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
         bytes_ = path.stat().st_size
-    moved = experts_moved({n: (p.detach() - original[n]) for n, p in chosen.items() if p.dim() == 3})
+    moved = experts_moved({n: (p - original[n]).detach() for n, p in chosen.items() if p.dim() == 3})
     return {**figures, **moved, "trainable_parameters": size, "artifact_bytes": bytes_}
 
 
@@ -258,31 +273,57 @@ def experts_moved(changes: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any, int]:
-    """(PEFT's configuration for an arm, its rank)."""
+def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    """(PEFT's configuration for an arm, its ranks in words).
+
+    All layers get the same rank, as far as the budget goes, and the upper ones one more, until less than that is left.
+    """
     from peft import LoraConfig
 
-    blocks = trained_blocks(session)
-    shapes = expert_shapes(session)
-    config = session.checkpoint.config.get_text_config()
-    per_rank, modules, parameters = 0, [], []
-    if "experts" in options["targets"]:
-        parameters = [f"{b}.{p}" for b in blocks for p in EXPERTS]
-        per_rank += sum(e * (o + i) for b in blocks for e, o, i in shapes[b])
-    if "attention" in options["targets"]:
-        layers = [b.rpartition(".mlp")[0] for b in blocks]
-        modules = [f"{layer}.self_attn.{p}" for layer in layers for p in ATTENTION]
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        wide, narrow = config.num_attention_heads * head, config.num_key_value_heads * head
-        per_rank += len(layers) * (2 * (config.hidden_size + wide) + 2 * (config.hidden_size + narrow))
+    targets = adapter_targets(session, options["targets"])
     budget = budget_of(bed, session)
     if options.get("budget") == "bytes":  # 8 bytes a weight of ours, 4 of an adapter's
         budget *= 2
-    rank = options.get("rank") or max(1, round(budget / per_rank))
-    shared: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    rank = options.get("rank") or budget // sum(per_rank for per_rank, _, _ in targets)
+    left = 0 if "rank" in options else budget - rank * sum(per_rank for per_rank, _, _ in targets)
+    more = []  # of the layers, from the top
+    for per_rank, modules, parameters in reversed(targets):
+        if per_rank > left:
+            break
+        left -= per_rank
+        more.append([*modules, *parameters])
+    used = targets if rank else targets[len(targets) - len(more) :]
+    if not used:
+        raise UserError(f"--frac {bed.frac:g}: an adapter of rank 1 on one layer has more weights than that; give more")
+    pattern = {name: rank + 1 for names in more for name in names} if rank else {}
+    shared: dict[str, Any] = {
+        "r": max(1, rank), "lora_alpha": 2 * max(1, rank), "lora_dropout": 0.0, "task_type": "CAUSAL_LM",
+        "target_modules": [m for _, modules, _ in used for m in modules], "rank_pattern": pattern,
+        "alpha_pattern": {name: 2 * r for name, r in pattern.items()}, "use_dora": options.get("dora", False),
+    }  # fmt: skip
+    parameters = [p for _, _, names in used for p in names]
     if parameters:
         shared["target_parameters"] = parameters
-    return LoraConfig(**shared, target_modules=modules, use_dora=options.get("dora", False)), rank
+    words = f"rank {max(1, rank)} on {len(used)} layers" + (f", one more on {len(more)}" if pattern else "")
+    return LoraConfig(**shared), words
+
+
+def adapter_targets(session: Any, groups: tuple[str, ...]) -> list[tuple[int, list[str], list[str]]]:
+    """Of every trained layer: (weights of an adapter of rank 1, attention modules, expert parameters)."""
+    config, shapes = session.checkpoint.config.get_text_config(), expert_shapes(session)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    wide, narrow = config.num_attention_heads * head, config.num_key_value_heads * head
+    found = []
+    for block in trained_blocks(session):
+        per_rank, modules, parameters = 0, [], []
+        if "experts" in groups:
+            parameters = [f"{block}.{p}" for p in EXPERTS]
+            per_rank += sum(e * (o + i) for e, o, i in shapes[block])
+        if "attention" in groups:
+            modules = [f"{block.rpartition('.mlp')[0]}.self_attn.{p}" for p in ATTENTION]
+            per_rank += 2 * (config.hidden_size + wide) + 2 * (config.hidden_size + narrow)
+        found.append((per_rank, modules, parameters))
+    return found
 
 
 def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
@@ -292,16 +333,22 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     from comparison.dense import Unit, train
 
     assert rate is not None
-    session = seeded_session(bed, seed, further)
-    base = arm.options.get("base", "original")
-    config, rank = adapter_config(bed, session, arm.options)
+    session, before = seeded_session(bed, seed, further), held()
+    base, in_16_bits = arm.options.get("base", "original"), arm.options.get("bf16", False)
+    config, ranks = adapter_config(bed, session, arm.options)
     model: Any = get_peft_model(dense_model(bed, session, base), config)
     units = [Unit(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    figures = dense_figures(bed, session, model, lambda: train(model, session, units, rate))
+
+    def work() -> Any:
+        trained = train(model, session, units, rate)
+        for unit in units if in_16_bits else ():  # what is judged is what is saved
+            unit.parameter.data.copy_(unit.parameter.data.to(torch.bfloat16))
+        return trained
+
+    figures = dense_figures(bed, session, model, before, work)
     with tempfile.TemporaryDirectory() as folder:
-        if arm.options.get("bf16"):
-            for unit in units:
-                unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
+        for unit in units if in_16_bits else ():
+            unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
         model.save_pretrained(folder)
         fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)  # type: ignore[arg-type]
         figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
@@ -311,7 +358,7 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     return {
         **figures, "trainable_parameters": sum(u.numel for u in units), "artifact_bytes": size,
         "experts": sum(experts.values()), "experts_moved": moved_by_adapter(units, experts),
-        "note": f"{arm.about}; rank {rank}",
+        "note": f"{arm.about}; {ranks}",
     }  # fmt: skip
 
 
@@ -342,10 +389,14 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     settings = {**further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
     with tempfile.TemporaryDirectory() as folder:
         settings["PREFIX_CACHE_DIR"] = folder  # runs beside this one have their own
-        session = seeded_session(bed, seed, settings)
+        session, before = seeded_session(bed, seed, settings), held()
         load(session)
         start, loads = judged_by_product(bed, session)
-        trainer, figures = train_product(session)
+        try:
+            with TrainingPeak(before) as peak:
+                trainer, figures = train_product(session)
+        except RunError as error:  # diverged
+            return {"start": start, "nll": dict.fromkeys(start, math.nan), "diverged": True, "note": one_line(error)}
         nll, after = judged_by_product(bed, session)
         delta, path = trainer.delta({}), Path(folder) / "delta.safetensors"
         size = save_delta(path, delta)
@@ -355,7 +406,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         reloaded, _ = judged_by_product(bed, fresh)
     return {
         **figures, "start": start, "nll": nll, "reloaded": reloaded, "routing": routing_figures(loads, after),
-        "artifact_bytes": size, "tokens": tokens_of(bed.rows(session)),
+        "artifact_bytes": size, "peak_private_bytes": peak.bytes, "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
 
 
@@ -437,7 +488,7 @@ def run_lab(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str
     recipe = Recipe(**options)
     if router_only:
         recipe = replace(recipe, router_rate=rate)
-    session = seeded_session(bed, seed, further)
+    session, before = seeded_session(bed, seed, further), held()
     model: Any = dense_model(bed, session, recipe.base)
     if recipe.low_rank:
         from peft import get_peft_model
@@ -446,7 +497,7 @@ def run_lab(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str
         model = get_peft_model(model, config)
     trial = Lab(model, session, recipe, rate)
     trial.prepare()
-    figures = dense_figures(bed, session, model, trial.run)
+    figures = dense_figures(bed, session, model, before, trial.run)
     size = sum(u.numel for u in trial.units)
     changes = {}
     for unit in trial.sparse:
@@ -457,7 +508,8 @@ def run_lab(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str
             change[unit.active] = unit.delta
             changes[unit.name] = change.view(unit.parameter.shape)
     active = sum(u.numel for u in trial.sparse)
+    by_active = 4 if recipe.neurons else 8  # whole neurons need next to no indices
     return {
         **figures, **experts_moved(changes), "trainable_parameters": size,
-        "artifact_bytes": 8 * active + 4 * (size - active), "reloaded": None,
+        "artifact_bytes": by_active * active + 4 * (size - active), "reloaded": None,
     }  # fmt: skip

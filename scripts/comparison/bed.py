@@ -16,6 +16,7 @@ as the earlier tool had it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -67,6 +68,8 @@ class Bed:
         """Write the splits of the training file, where they are not there yet."""
         if (self.data / "test.jsonl").is_file():
             return
+        from usaf.files import replacing
+
         lines = [line for line in self.dataset.read_text(encoding="utf-8").splitlines() if line.strip()]
         random.Random(SPLIT_SEED).shuffle(lines)
         held = max(LEAST_HELD_BACK, round(HELD_BACK * len(lines)))
@@ -76,7 +79,8 @@ class Bed:
         self.data.mkdir(parents=True, exist_ok=True)
         parts = {"train": lines[2 * held :], "validation": lines[:held], "test": lines[held : 2 * held]}
         for name, part in parts.items():  # test, whose presence means all, comes last
-            (self.data / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+            with replacing(self.data / f"{name}.jsonl") as file:
+                file.write("\n".join([*part, ""]).encode("utf-8"))
 
     def evaluated(self) -> dict[str, Path]:
         """Evaluation set -> its file."""
@@ -105,10 +109,14 @@ class Bed:
         """Evaluation set -> its rows."""
         return {name: session.data.heldout[f"heldout_{path.stem}"] for name, path in self.evaluated().items()}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, further: dict[str, str]) -> dict[str, Any]:
         """For a run's file: everything that decides its figures but the arm."""
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in self.evaluated().values()))
+        digest.update((self.data / "train.jsonl").read_bytes())
         return {
-            "model": self.model.name, "dataset": self.dataset.name, "train_from": self.train_from, "frac": self.frac,
+            "model": self.model.name, "dataset": self.dataset.name, "texts": digest.hexdigest()[:12],
+            "settings": " ".join(f"{name}={value}" for name, value in sorted(further.items())),
+            "train_from": self.train_from, "frac": self.frac,
             "steps": self.steps, "microbatch": self.microbatch, "seq_len": self.seq_len,
             "eval_samples": self.eval_samples, "threads": self.threads,
         }  # fmt: skip
@@ -155,7 +163,7 @@ def batch_loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 class Loads:
-    """Counts, while it is entered, the tokens that each expert of a dense model gets. counts: block -> int64 [E]."""
+    """Counts, while it is entered, the tokens that each expert gets, padding included. counts: block -> int64 [E]."""
 
     def __init__(self, model: nn.Module, experts: Iterable[str]) -> None:
         import torch

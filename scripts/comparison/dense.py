@@ -26,14 +26,13 @@ from usaf.session import Session
 
 @dataclass(eq=False)
 class Unit:
-    """A trained tensor. active: the flat indices that train, sorted int64, or None for all. factor: of the arm's rate;
-    rate: instead of the arm's."""
+    """A trained tensor. active: the flat indices that train, sorted int64, or None for all. rate: instead of the
+    arm's."""
 
     name: str
     parameter: nn.Parameter
     active: Tensor | None = None
     rate: float | None = None
-    factor: float = 1.0
     delta: Tensor = field(init=False)  # what Adam moves: the tensor itself, or its entries' distance from the base
     base: Tensor = field(init=False)  # of the active entries
     adam: Adam = field(init=False)
@@ -83,10 +82,12 @@ class Trained:
 
 def train(
     model: nn.Module, session: Session, units: Sequence[Unit], rate: float,
-    after_backward: Callable[[int], None] | None = None, after_step: Callable[[int], None] | None = None,
+    after_backward: Callable[[int, float], None] | None = None, after_step: Callable[[int], None] | None = None,
     loss_of: Callable[[nn.Module, Any], Tensor] = batch_loss,
+    moving: Callable[[int], Sequence[Unit]] | None = None,
 ) -> Trained:  # fmt: skip
-    """The run's steps. after_backward(step), after_step(step): for masks that move; step counts from 0."""
+    """The run's steps, counted from 0. after_backward(step, clip), after_step(step): for masks that move; moving(step):
+    the units that a step updates, where not all."""
     values, order = session.settings.values, session.order
     assert order is not None
     losses: list[float] = []
@@ -98,15 +99,16 @@ def train(
         loss = loss_of(model, session.data.train.batch(order.micro_batch(step)))
         loss.backward()
         losses.append(float(loss.detach()))
-        gradients = [unit.gradient() for unit in units]
+        now = units if moving is None else moving(step)
+        gradients = [unit.gradient() for unit in now]
         norm = float(gradient_norm(gradients))
         if not math.isfinite(losses[-1]) or not math.isfinite(norm):
             return Trained(losses, math.nan, True)
-        if after_backward is not None:
-            after_backward(step)
         clip = min(1.0, values.grad_clip / (norm + 1e-6))
-        for unit, gradient in zip(units, gradients, strict=True):
-            peak = unit.rate if unit.rate is not None else rate * unit.factor
+        if after_backward is not None:
+            after_backward(step, clip)
+        for unit, gradient in zip(now, gradients, strict=True):
+            peak = rate if unit.rate is None else unit.rate
             unit.update(gradient * clip, learning_rate_at(step, values.steps, peak, values.warmup, values.lr_floor))
         if after_step is not None:
             after_step(step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,14 @@ from torch import Tensor, nn
 
 from comparison.bed import Loads, batch_loss
 from comparison.dense import Trained, Unit, train
+from usaf.errors import UserError
+from usaf.loss import count_targets
 from usaf.optimizer import Adam
 from usaf.selection import drop_fraction_at
 from usaf.session import Session
+from usaf.settings import Settings
 
-EIGHT_BIT_BLOCK = 256  # moments that share a scale
+EIGHT_BIT_BLOCK = 256  # moments that share a largest value
 
 
 @dataclass(frozen=True)
@@ -38,26 +41,33 @@ class Recipe:
     whole: tuple[str, ...] = ("router",)  # groups that train whole
     score: str = "gradient"  # random, magnitude, square (mean of squared gradients of sequences)
     scope: str = "tensor"  # the k best of each tensor; "all": of all tensors together
-    samples: int = 64
+    samples: int | None = None  # None here and below: the setting of the run
     neurons: bool = False  # gate row, up row and down column of a neuron are chosen together
     routed_share: float = 1.0  # only this share of a layer's experts, the most routed
     least_share: float = 0.0  # no expert that gets less than this part of an even share of the tokens
-    reselect_every: int = 50
-    reselect_until: float = 0.6
-    drop_fraction: float = 0.2
+    reselect_every: int | None = None
+    reselect_until: float | None = None
+    drop_fraction: float | None = None
     drop_by: str = "delta"  # "weight"
-    capture_steps: int = 4
+    capture_steps: int | None = None
     moments: str = "seeded"  # "zero"; "reset": of all weights, as the earlier tool did
     eight_bit: bool = False
-    router_rate: float | None = None  # None: the run's ROUTER_LR
+    router_rate: float | None = None
     router_optimizer: str = "adam"  # "sgd16": in fp16, as the earlier tool did
     router_gradient: str = "topk"  # "dense"
-    router_warmup: int = 0  # first steps that train the router alone
+    router_warmup: int = 0  # first steps that leave the deltas alone
     gumbel: float = 0.0  # routing noise while training
     balance: float = 0.0  # weight of the load-balancing loss
-    low_rank: int = 0  # rank of an adapter on the experts, at the arm's rate times low_rank_factor
-    low_rank_factor: float = 1.0
-    share: float = 1.0  # of the active weights that FRAC gives, the rest of the budget going to other groups
+    low_rank: int = 0  # rank of an adapter on the experts, whose weights come out of the budget
+
+    def filled(self, values: Settings) -> Recipe:
+        """With the run's settings where nothing else is said."""
+        given = {
+            "samples": values.importance_samples, "reselect_every": values.reselect_every,
+            "reselect_until": values.reselect_until, "drop_fraction": values.drop_fraction,
+            "capture_steps": values.capture_steps, "router_rate": values.router_lr,
+        }  # fmt: skip
+        return replace(self, **{name: v for name, v in given.items() if getattr(self, name) is None})
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -88,11 +98,12 @@ class Lab:
     """One training by a recipe."""
 
     def __init__(self, model: nn.Module, session: Session, recipe: Recipe, rate: float) -> None:
-        self.model, self.session, self.recipe, self.rate = model, session, recipe, rate
         self.values = session.settings.values
+        self.model, self.session, self.recipe, self.rate = model, session, recipe.filled(self.values), rate
         self.generator = torch.Generator().manual_seed(self.values.seed)
         self.units: list[Unit] = []
         self.sparse: list[Unit] = []
+        self.allowed: dict[str, Tensor] = {}  # where only some experts train: parameter name -> bool [E]
         model.requires_grad_(False)
 
     def prepare(self) -> None:
@@ -102,32 +113,42 @@ class Lab:
         whole = {n: p for g in recipe.whole for n, p in group(self.model, g, first).items()}
         active = self.choose(sparse)
         self.sparse = [Unit(name, parameter, active[name]) for name, parameter in sparse.items()]
-        router_rate = recipe.router_rate if recipe.router_rate is not None else self.values.router_lr
         self.units = self.sparse + [
-            Unit(name, parameter, rate=router_rate if name.endswith("gate.weight") else None)
+            Unit(name, parameter, rate=recipe.router_rate if name.endswith("gate.weight") else None)
             for name, parameter in whole.items()
         ]
-        adapters = {n: p for n, p in self.model.named_parameters() if "lora_" in n}
-        self.units += [Unit(n, p, factor=recipe.low_rank_factor) for n, p in adapters.items()]
+        self.units += [Unit(n, p) for n, p in self.adapters().items()]
         if recipe.router_optimizer == "sgd16":
             for unit in self.units:
                 if unit.name.endswith("gate.weight"):
                     unit.update = partial(sgd16, unit)  # type: ignore[method-assign]
+
+    def adapters(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if "lora_" in n}
+
+    def budget(self) -> int:
+        """Weights that masks may have: FRAC of the experts, whichever tensors it is spent on, less adapters."""
+        experts = sum(p.numel() for p in group(self.model, "experts", self.session.start).values())
+        left = int(self.values.frac * experts) - sum(p.numel() for p in self.adapters().values())
+        if left <= 0:
+            raise UserError(
+                f"FRAC={self.values.frac:g}: an adapter of rank {self.recipe.low_rank} takes more than that"
+            )
+        return left
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
     def choose(self, tensors: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Parameter name -> sorted flat indices."""
         recipe = self.recipe
+        if not tensors:
+            return {}
         scores = self.scores(tensors)
         if recipe.routed_share < 1 or recipe.least_share > 0:
             self.leave_out_experts(scores)
         if recipe.neurons:
             return self.choose_neurons(scores)
-        # The budget is FRAC of the experts, whichever tensors it is spent on.
-        numel = {n: p.numel() for n, p in tensors.items()}
-        experts = sum(p.numel() for p in group(self.model, "experts", self.session.start).values())
-        budget = int(self.values.frac * recipe.share * experts)
+        numel, budget = {n: p.numel() for n, p in tensors.items()}, self.budget()
         if recipe.scope == "all":
             flat = torch.cat([s.reshape(-1) for s in scores.values()])
             least = flat.kthvalue(len(flat) - budget + 1).values
@@ -146,7 +167,8 @@ class Lab:
         total = {n: torch.zeros_like(p) for n, p in tensors.items()}
         for rows in self.sample_rows():
             self.model.zero_grad(set_to_none=True)
-            batch_loss(self.model, self.session.data.train.batch(rows)).backward()
+            batch = self.session.data.train.batch(rows)
+            (batch_loss(self.model, batch) * count_targets(batch)).backward()  # a mean over all samples' targets
             for n, p in tensors.items():
                 if p.grad is not None:
                     total[n] += p.grad.square() if recipe.score == "square" else p.grad
@@ -157,11 +179,12 @@ class Lab:
 
     def sample_rows(self) -> Iterable[list[int]]:
         """The first rows of the run's order, a few at a time."""
-        order = self.session.order
+        order, samples = self.session.order, self.recipe.samples
         assert order is not None
+        assert samples is not None
         width = 1 if self.recipe.score == "square" else self.values.microbatch
-        rows = [r for i in range(-(-self.recipe.samples // self.values.microbatch)) for r in order.micro_batch(i)]
-        rows = rows[: self.recipe.samples]
+        rows = [r for i in range(-(-samples // self.values.microbatch)) for r in order.micro_batch(i)]
+        rows = rows[:samples]
         return [rows[i : i + width] for i in range(0, len(rows), width)]
 
     def leave_out_experts(self, scores: dict[str, Tensor]) -> None:
@@ -177,6 +200,7 @@ class Lab:
             allowed[counts.argsort(descending=True)[:keep]] = True
             allowed &= counts >= self.recipe.least_share * counts.sum() / len(counts)
             score[~allowed] = -1.0
+            self.allowed[name] = allowed
 
     def choose_neurons(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of every layer the neurons with the largest summed score, whole; as many weights as FRAC gives."""
@@ -187,7 +211,7 @@ class Lab:
             experts, double, hidden = up_score.shape
             inner = double // 2
             by_neuron = up_score[:, :inner].sum(2) + up_score[:, inner:].sum(2) + down_score.sum(1)
-            budget = int(self.values.frac * self.recipe.share * (up_score.numel() + down_score.numel()))
+            budget = int(self.values.frac * (up_score.numel() + down_score.numel()))
             neurons = best(by_neuron, max(1, budget // (3 * hidden)))
             mask_up, mask_down = torch.zeros_like(up_score), torch.zeros_like(down_score)
             e, j = neurons // inner, neurons % inner
@@ -206,11 +230,16 @@ class Lab:
             undo += add_gumbel(self.model, recipe.gumbel, self.generator)
         if recipe.router_gradient == "dense":
             undo += add_dense_gradient(self.model)
-        units = self.units
-        trained = train(self.model, self.session, units, self.rate, self.capture, self.reselect_if_due, self.loss)
+        trained = train(
+            self.model, self.session, self.units, self.rate, self.capture, self.reselect_if_due, self.loss, self.moving
+        )  # fmt: skip
         for restore in undo:
             restore()
         return trained
+
+    def moving(self, step: int) -> list[Unit]:
+        """The units that this step updates."""
+        return [u for u in self.units if u not in self.sparse] if step < self.recipe.router_warmup else self.units
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         if self.recipe.balance == 0:
@@ -223,33 +252,34 @@ class Lab:
         return out.loss + (self.recipe.balance - own) * out.aux_loss
 
     def last_reselection(self) -> int:
-        steps = self.values.steps
-        return min(math.floor(self.recipe.reselect_until * steps + 1e-9), steps - 1)
+        steps, until = self.values.steps, self.recipe.reselect_until
+        assert until is not None
+        return min(math.floor(until * steps + 1e-9), steps - 1)
 
-    def capture(self, step: int) -> None:
-        """Right after a backward; steps are numbered from 1 here, as the product does."""
-        recipe = self.recipe
-        if step < recipe.router_warmup:
-            for unit in self.sparse:
-                if unit.parameter.grad is not None:
-                    unit.parameter.grad.zero_()
-        every = recipe.reselect_every
-        if every == 0 or recipe.drop_fraction == 0:
+    def capture(self, step: int, clip: float) -> None:
+        """Right after a backward, whose gradient is to be scaled by clip."""
+        every, last = self.recipe.reselect_every, self.recipe.capture_steps
+        assert every is not None
+        assert last is not None
+        if every == 0 or not self.recipe.drop_fraction:
             return
         due = (step // every + 1) * every
-        if due <= self.last_reselection() and due - step <= recipe.capture_steps:
+        if due <= self.last_reselection() and due - step <= last:
             for unit in self.sparse:
                 if unit.parameter.grad is not None:
-                    unit.window.append(unit.parameter.grad.clone())
+                    unit.window.append(unit.parameter.grad * clip)
 
     def reselect_if_due(self, step: int) -> None:
-        if self.recipe.eight_bit:
+        recipe = self.recipe
+        if recipe.eight_bit:
             for unit in self.sparse:
                 round_moments(unit.adam)
         done = step + 1
-        if self.recipe.reselect_every == 0 or done % self.recipe.reselect_every or not self.sparse[0].window:
+        if not recipe.reselect_every or not recipe.drop_fraction or done % recipe.reselect_every:
             return
-        fraction = drop_fraction_at(done, self.last_reselection() + 1, self.recipe.drop_fraction)
+        if not self.sparse or not self.sparse[0].window:
+            return
+        fraction = drop_fraction_at(done, self.last_reselection() + 1, recipe.drop_fraction)
         for unit in self.sparse:
             self.reselect(unit, fraction)
             unit.window = []
@@ -266,7 +296,9 @@ class Lab:
         kept = torch.ones(len(active), dtype=torch.bool)
         kept[torch.sort(size, stable=True).indices[:count]] = False
         candidates = mean.abs()
-        candidates[active[kept]] = -1
+        if unit.name in self.allowed:
+            candidates.view(len(self.allowed[unit.name]), -1)[~self.allowed[unit.name]] = -1
+        candidates[active[kept]] = -2
         grown = best(candidates, count)
         merged, order = torch.sort(torch.cat([active[kept], grown]))
         from_old = torch.cat([kept.nonzero().squeeze(1), torch.full((count,), -1)])[order]
@@ -291,18 +323,15 @@ def sgd16(unit: Unit, gradient: Tensor, rate: float) -> None:
 
 @torch.no_grad()
 def round_moments(adam: Adam) -> None:
-    """Both moments to 8 bits and back, with a scale a block; the second by its root, as its range is squared."""
-    for state, signed in ((adam.exp_avg, True), (adam.exp_avg_sq, False)):
+    """Both moments to 8 bits and back: a sign where there is one, and the logarithm of the part of the block's largest
+    value, over a range that leaves 4% to 6% between neighbours."""
+    for state, levels, octaves in ((adam.exp_avg, 126, 10), (adam.exp_avg_sq, 254, 20)):
         flat = state.view(-1)
         padded = F.pad(flat, (0, -len(flat) % EIGHT_BIT_BLOCK)).view(-1, EIGHT_BIT_BLOCK)
-        values = padded if signed else padded.sqrt()
-        levels = 127 if signed else 255
-        scale = values.abs().amax(1, keepdim=True).clamp(min=1e-30) / levels
-        rounded = (values / scale).round() * scale
-        if not signed:
-            # A root that rounds to nothing would make its weight leap: it stays at half a level.
-            rounded = torch.where(values > 0, rounded.clamp(min=0.5 * scale.expand_as(rounded)), rounded).square()
-        flat.copy_(rounded.view(-1)[: len(flat)])
+        largest = padded.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        code = ((padded.abs() / largest).clamp(min=1e-30).log2() * (levels / octaves)).round()
+        rounded = torch.exp2(code * (octaves / levels)) * largest * padded.sign()
+        flat.copy_(torch.where(code >= -levels, rounded, torch.zeros_like(rounded)).view(-1)[: len(flat)])
 
 
 def routers(model: nn.Module) -> Sequence[nn.Module]:
