@@ -112,6 +112,17 @@ ABLATIONS: dict[str, Arm] = {
     "lab-norms": lab("and every norm", whole=("router", "norms")),
     "lab-all-global": lab("one budget for experts, attention, embeddings", sparse=("experts", "attention", "embedding"),
                           scope="all"),
+    "lab-head": lab("one budget for experts and an untied head", sparse=("experts", "head"), scope="all", untie=True),
+    # together
+    "lab-global-10": lab("one budget for all tensors, reselected every 10 steps", scope="all", reselect_every=10),
+    "lab-global-20": lab("one budget for all tensors, reselected every 20 steps", scope="all", reselect_every=20),
+    "lab-global-10-norms": lab("the same every 10 steps, and every norm", scope="all", reselect_every=10,
+                               whole=("router", "norms")),
+    "lab-global-10-attention": lab("one budget for experts and attention, every 10 steps", scope="all",
+                                   reselect_every=10, sparse=("experts", "attention")),
+    "lab-global-10-all": lab("one budget for experts, attention and head, every 10 steps, and every norm", scope="all",
+                             reselect_every=10, sparse=("experts", "attention", "head"), whole=("router", "norms"),
+                             untie=True),
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),

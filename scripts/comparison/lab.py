@@ -58,6 +58,7 @@ class Recipe:
     router_warmup: int = 0  # first steps that leave the deltas alone
     gumbel: float = 0.0  # routing noise while training
     balance: float = 0.0  # weight of the load-balancing loss
+    untie: bool = False  # the head becomes a tensor of its own where it shares the embeddings'
     low_rank: int = 0  # rank of an adapter on the experts, whose weights come out of the budget
 
     def filled(self, values: Settings) -> Recipe:
@@ -78,6 +79,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "router": ("mlp.gate.weight",),
     "norms": ("norm.weight",),
     "embedding": ("embed_tokens.weight", "lm_head.weight"),
+    "head": ("lm_head.weight",),
 }
 
 
@@ -104,6 +106,9 @@ class Lab:
         self.units: list[Unit] = []
         self.sparse: list[Unit] = []
         self.allowed: dict[str, Tensor] = {}  # where only some experts train: parameter name -> bool [E]
+        if recipe.untie:
+            head: Any = model.get_output_embeddings()  # type: ignore[operator]
+            head.weight = nn.Parameter(head.weight.detach().clone())
         model.requires_grad_(False)
 
     def prepare(self) -> None:
