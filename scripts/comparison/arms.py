@@ -126,8 +126,10 @@ ABLATIONS: dict[str, Arm] = {
     "lab-down-10": lab("down projections alone, every 10 steps", sparse=("down",), reselect_every=10),
     "lab-down-global-10": lab("one budget for down projections, every 10 steps", sparse=("down",), scope="all",
                               reselect_every=10),
-    "lab-down-attention-10": lab("one budget for down projections and attention, every 10 steps, and every norm",
-                                 sparse=("down", "attention"), scope="all", reselect_every=10, whole=("router", "norms")),
+    "lab-down-attention-10": lab("one budget for down projections and attention, every 10 steps",
+                                 sparse=("down", "attention"), scope="all", reselect_every=10),
+    "lab-down-10-norms": lab("down projections alone, every 10 steps, and every norm", sparse=("down",),
+                             reselect_every=10, whole=("router", "norms")),
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),
