@@ -316,7 +316,8 @@ class Bench:
         pieces = 2 * len(sample_chunks(samples, chunk_rows)) * (session.model.num_layers - self.start)
         with phase("importance", pieces, "chunk") as bar, self.watch() as seen:
             found = find_important(session.model, states, rows, samples, self.values.frac, chunk_rows,
-                                   self.values.head_chunk_tokens, bar.update)  # fmt: skip
+                                   self.values.head_chunk_tokens, bar.update,
+                                   projections=self.values.projections)  # fmt: skip
         trainer.activate(found.active)
         lengths = self.lengths(rows, samples)
         self.add("importance", f"{self.trained()}, {len(samples)} sequences", 1, seen.seconds, sum(lengths),
@@ -326,14 +327,15 @@ class Bench:
         """Evenly spread active weights, where importance is not measured."""
         import torch
 
-        from usaf.importance import active_count
+        from usaf.importance import counts_by_name
 
+        counts = counts_by_name(trainer.trained, self.values.frac, self.values.projections)
         generator = torch.Generator().manual_seed(0)
         active = {}
         for name, bank in trainer.banks.items():
-            count = active_count(bank.numel, self.values.frac)
-            place = torch.randint(max(1, bank.numel // count), (count,), generator=generator)
-            active[name] = torch.arange(count) * bank.numel // count + place
+            count = counts[name]
+            place = torch.randint(max(1, bank.numel // max(1, count)), (count,), generator=generator)
+            active[name] = torch.arange(count) * bank.numel // max(1, count) + place
         trainer.activate(active)
 
     def steps(self, trainer: Trainer) -> None:

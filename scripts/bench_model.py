@@ -235,12 +235,13 @@ def random_active(trainer: Trainer, fraction: float, seed: int = 0) -> dict[str,
     import numpy as np
     import torch
 
-    from usaf.importance import active_count
+    from usaf.importance import counts_by_name
 
     rng = np.random.default_rng(seed)
     chosen = {}
+    counts = counts_by_name(trainer.trained, fraction, trainer.settings.projections)
     for name, bank in trainer.banks.items():
-        indices = rng.choice(bank.numel, active_count(bank.numel, fraction), replace=False, shuffle=False)
+        indices = rng.choice(bank.numel, counts[name], replace=False, shuffle=False)
         chosen[name] = torch.from_numpy(np.sort(indices))
     return chosen
 

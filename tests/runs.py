@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = {
     "STEPS": "12", "TRAIN_FROM": "2", "FRAC": "0.05", "LR_PEAK": "5e-3", "ROUTER_LR": "1e-3", "RESELECT_EVERY": "4",
     "CAPTURE_STEPS": "2", "RESELECT_UNTIL": "0.7", "IMPORTANCE_SAMPLES": "8", "EVAL_SAMPLES": "4", "EVAL_EVERY": "4",
-    "SAVE_EVERY": "3", "PREFIX_CHUNK_TOKENS": "100", "USE_CUDA": "0",
+    "SAVE_EVERY": "3", "PREFIX_CHUNK_TOKENS": "100", "USE_CUDA": "0", "PROJECTIONS": "all",
 }  # fmt: skip
 
 

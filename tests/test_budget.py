@@ -45,7 +45,7 @@ def shape() -> ModelShape:
 
 
 def work(**changes: Any) -> Work:
-    values = load_settings([], {}, {}).values
+    values = load_settings([], {"PROJECTIONS": "all"}, {}).values
     return dataclasses.replace(work_of(values, 4, 512, 360 * 512, 360, 512, 128 * 512, 2, 2), **changes)
 
 
@@ -58,6 +58,15 @@ def items(plan: MemoryPlan, name: str) -> dict[str, int]:
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------
+
+
+def test_down_projections_alone_need_a_third_of_the_pairs(shape: ModelShape) -> None:
+    both, down = (plan_of(shape, projections=p) for p in ("all", "down"))
+    pairs = [items(plan, "reselection")["captured pairs"] for plan in (both, down)]
+    assert 0.25 < pairs[1] / pairs[0] < 0.45
+    assert items(down, "reselection")["training state"] == pytest.approx(
+        items(both, "reselection")["training state"], rel=1e-6
+    )  # as many weights
 
 
 def test_importance_counts_inputs_of_all_layers_and_one_layers_pairs(shape: ModelShape) -> None:

@@ -56,11 +56,15 @@ def test_every_evaluation_set_has_its_own_rows(bed: Bed) -> None:
     assert len({r.fingerprint() for r in rows.values()}) == 4
 
 
+@pytest.mark.parametrize("projections", ["down", "all"])
 @pytest.mark.parametrize("name", ["usaf", "usaf-static", "usaf-frozen-router"])
-def test_the_product_and_masked_dense_weights_train_alike(bed: Bed, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_and_masked_dense_weights_train_alike(
+    bed: Bed, name: str, projections: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two implementations that share the optimizer's formulas and nothing of gradients, masks or experts."""
-    further = {**SETTINGS, **ARMS[name].options}
-    same = {"usaf-static": {"reselect_every": 0}, "usaf-frozen-router": {"whole": ()}}.get(name, {})
+    further = {**SETTINGS, **ARMS[name].options, "PROJECTIONS": projections}
+    same: dict[str, Any] = {"usaf-static": {"reselect_every": 0}, "usaf-frozen-router": {"whole": ()}}.get(name, {})
+    same["sparse"] = ("experts",) if projections == "all" else ("down",)
     monkeypatch.setitem(EVERY, "judge", Arm("lab", 5e-3, "", same))
     product = run_arm(bed, name, 5e-3, 0, further)
     judge = run_arm(bed, "judge", 5e-3, 0, further)
@@ -69,7 +73,9 @@ def test_the_product_and_masked_dense_weights_train_alike(bed: Bed, name: str, m
     for key, nll in product["nll"].items():
         assert nll == pytest.approx(judge["nll"][key], abs=2e-4)
         assert product["start"][key] == pytest.approx(judge["start"][key], abs=1e-5)
-    assert product["trainable_parameters"] == judge["trainable_parameters"]
+    assert (
+        abs(product["trainable_parameters"] - judge["trainable_parameters"]) <= 2 * 4
+    )  # the budget's rounding, by layer
     assert product["reloaded"] == product["nll"]  # to the bit
     assert bool(product["turnover"]) == (name != "usaf-static")
 

@@ -349,6 +349,32 @@ def test_signs_cancel_over_samples_and_the_larger_wins() -> None:
     assert score_bank(bank, backwards, 1)[0].tolist() == [1]
 
 
+@pytest.mark.parametrize(
+    ("projections", "fraction", "counts"),
+    [("all", 0.01, (2, 1)), ("down", 0.01, (0, 3)), ("down", 0.5, (50, 100)), ("down", 1.0, (200, 100)),
+     ("all", 1.0, (200, 100)), ("down", 1e-9, (0, 2))],
+)  # fmt: skip
+def test_as_many_weights_whichever_projections_train(
+    projections: str, fraction: float, counts: tuple[int, int]
+) -> None:
+    assert importance.active_counts(200, 100, fraction, projections) == counts
+    assert sum(counts) == sum(importance.active_counts(200, 100, fraction, "all"))
+
+
+def test_down_projections_alone(qwen: Pair) -> None:
+    """They are scored as they are beside the others, and nothing is captured for those."""
+    rows = make_rows()
+    states = qwen.states(rows)
+    both = find_important(qwen.model, states, rows, range(6), 0.06, 2, 16, lambda n: None, projections="all")
+    down = find_important(qwen.model, states, rows, range(6), 0.02, 2, 16, lambda n: None, projections="down")
+    assert both.active.keys() == down.active.keys()
+    for moe in qwen.model.moe_from(2):
+        up_name, down_name = moe.names
+        assert len(down.active[up_name]) == 0
+        assert torch.equal(down.active[down_name], both.active[down_name])  # 6% of it are 2% of both
+        assert all(bank.captured is None and bank.delta.grad is None for bank in moe.banks)
+
+
 @pytest.mark.parametrize(("numel", "fraction", "count"), [
     (1000, 0.005, 5), (1000, 0.0059, 5), (100, 0.005, 1), (7, 1.0, 7), (402653184, 0.005, 2013265),
 ])  # fmt: skip
@@ -479,7 +505,7 @@ def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatc
     def beginning(*args: Any) -> Any:
         assert not any(ref() is not None for ref in captured), "pairs of the layer above are still held"
         assert not any(ref() is not None for ref in entered), "inputs of the layer above are still held"
-        entered.extend(weakref.ref(h) for h in args[4])
+        entered.extend(weakref.ref(h) for h in args[5])
         backwards.append(args[2])
         return original(*args)
 

@@ -39,7 +39,7 @@ PROMISED = {
     "MICROBATCH": 2,
     "ACCUM": 1,
     "SEQ_LEN": 512,
-    "LR_PEAK": 2e-4,
+    "LR_PEAK": None,
     "RESELECT_EVERY": 50,
     "USE_CUDA": None,
     "USE_AMP": True,
@@ -61,7 +61,7 @@ PROMISED_DEFAULT_TEXTS = {
     "QUANT_PATH": "found beside the model, or made there",
     "TRAIN_FROM": "layers - max(1, layers // 6), so 40 of 48",
     "FRAC": "0.005",
-    "LR_PEAK": "2e-4",
+    "LR_PEAK": "2 / hidden size, so 9.8e-4 for one of 2048",
     "USE_CUDA": "unset",
     "USE_AMP": "1",
     "USE_RESIDENT": "auto",
@@ -81,6 +81,7 @@ OURS = {
     "IMPORTANCE_SAMPLES": 64,
     "EVAL_SAMPLES": 64,
     "IN_DOMAIN_FRACTION": 0.05,
+    "PROJECTIONS": "down",
     "GROUP_SIZE": 128,
     "QUANT_BITS": 4,
     "PREFIX_CACHE_DIR": None,
@@ -192,6 +193,7 @@ OTHER_VALUES = {
     "IMPORTANCE_SAMPLES": ("2", 2),
     "EVAL_SAMPLES": ("0", 0),
     "IN_DOMAIN_FRACTION": ("0.49", 0.49),
+    "PROJECTIONS": ("all", "all"),
     "GROUP_SIZE": ("64", 64),
     "QUANT_BITS": ("8", 8),
     "PREFIX_CACHE_DIR": ("cache", "cache"),
@@ -536,7 +538,7 @@ def test_help_names_every_flag_and_default(capsys):
     for name, field in FIELDS.items():
         assert "--" + name.replace("_", "-") in text
         assert " ".join(field.metadata["help"].split()) in text
-    assert "(default: 2e-4)" in text
+    assert "(default: 5e-5)" in text
     assert "0.5% of" in text
 
 

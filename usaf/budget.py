@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from usaf.errors import UserError
-from usaf.importance import active_count
+from usaf.importance import active_counts
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.prefix import STRETCH_BYTES
 from usaf.settings import Settings, parse_size
@@ -88,6 +88,7 @@ class Work:
     spilled: frozenset[str] = frozenset()
     quantises: bool = False  # the 4-bit file is made in this process
     on_device: bool = False  # products run on a GPU, whose memory counts apart
+    projections: str = "down"
 
     @property
     def step_tokens(self) -> int:
@@ -151,9 +152,14 @@ def work_of(
         eval_row=eval_row, eval_tokens=eval_tokens, router_trains=values.router_lr > 0, cached=values.use_frozen_cache,
         cache_itemsize=cache_itemsize, prefix_chunk_tokens=values.prefix_chunk_tokens,
         head_chunk_tokens=values.head_chunk_tokens, keep_checkpoints=values.keep_checkpoints, threads=threads,
-        resident=values.use_resident == "1",
+        resident=values.use_resident == "1", projections=values.projections,
     )  # fmt: skip
     return Work(**{**known, **more})  # type: ignore[arg-type]
+
+
+def active_weights(experts: Experts, work: Work) -> tuple[int, int]:
+    """Of a layer's two fused tensors."""
+    return active_counts(*experts.bank_weights, work.frac, work.projections)
 
 
 def last_reselection(values: Settings) -> int:
@@ -200,9 +206,8 @@ class _Count:
         self.trainable = shape.layers[work.start :]
         self.moe = [layer.experts for layer in self.trainable if layer.experts is not None]
         self.banks = [n for experts in self.moe for n in experts.bank_weights]
-        self.largest = max(self.banks)
-        self.active = sum(active_count(n, work.frac) for n in self.banks)
-        self.largest_active = active_count(self.largest, work.frac)
+        actives = [n for experts in self.moe for n in active_weights(experts, work)]
+        self.active, self.largest_active = sum(actives), max(actives)
         self.largest_expert = max(e.up[0] * e.up[1] for e in self.moe)
         self.hidden = 4 * shape.width
         self.cores = min(MOST_WORKERS, work.threads)
@@ -325,11 +330,13 @@ class _Count:
         return int(tokens * experts.pairs_per_token * (a_pair + PAIR_INDEX_BYTES))
 
     def pairs(self, experts: Experts | None, tokens: int) -> int:
-        """What the weight gradients of one layer need: X and dOut by token, dh and a by pair."""
+        """What the weight gradients of one layer need: X and dh of the first projection, a and dOut of the second; X
+        and dOut by token, the others by pair."""
         if experts is None:
             return 0
-        by_token = 4 * (experts.up[1] + experts.down[0])
-        by_pair = 4 * (experts.up[0] + experts.down[1]) + PAIR_INDEX_BYTES
+        of_up, of_down = (int(n > 0) for n in active_weights(experts, self.work))
+        by_token = 4 * (of_up * experts.up[1] + of_down * experts.down[0])
+        by_pair = 4 * (of_up * experts.up[0] + of_down * experts.down[1]) + PAIR_INDEX_BYTES
         return int(tokens * (by_token + experts.pairs_per_token * by_pair))
 
     def kept(self, layer: LayerShape, tokens: int, row: int, first: bool) -> int:
@@ -344,7 +351,9 @@ class _Count:
         if experts is None:
             return max(0, own)
         a_pair = 3 * experts.up[1] + 2 * experts.up[0] + 4 * experts.down[1]
-        captured = 4 * (experts.up[0] + experts.down[1]) if captures else 4 * experts.up[0] * experts.normed
+        of_up, of_down = (int(n > 0) for n in active_weights(experts, self.work))
+        captured = 4 * (of_up * experts.up[0] + of_down * experts.down[1])
+        captured = captured if captures else 4 * experts.up[0] * experts.normed
         return int(
             max(own, (1 + self.cores) * self.hidden * tokens + self.at_work(experts, tokens, a_pair))
             + tokens * experts.pairs_per_token * captured
@@ -387,7 +396,7 @@ class _Count:
     def chosen(self, end: int) -> int:
         """Indices found in the layers from `end` on, int64."""
         moe = [layer.experts for layer in self.shape.layers[end:] if layer.experts is not None]
-        return 8 * sum(active_count(n, self.work.frac) for experts in moe for n in experts.bank_weights)
+        return 8 * sum(sum(active_weights(experts, self.work)) for experts in moe)
 
     def scoring(self, i: int, first: int, end: int, an_input: int, total: int) -> Phase:
         layers = self.shape.layers[first:end]

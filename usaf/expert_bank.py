@@ -269,6 +269,8 @@ class ExpertBank(nn.Module):
         used = [
             e for e in range(self.num_experts) if starts[e] < starts[e + 1] and pairs.starts[e] < pairs.starts[e + 1]
         ]
+        if not used:
+            return gradient
         sizes = [pairs.starts[e + 1] - pairs.starts[e] for e in used]
         copied = sum(sizes) * (self.out_features + self.in_features)  # what the kernel turns feature-major
         workers = number_of_workers(COPYING_COSTS * copied, len(used)) if self.device.type == "cpu" else 1

@@ -56,6 +56,28 @@ def active_count(numel: int, fraction: float) -> int:
     return max(1, int(numel * fraction))
 
 
+def active_counts(up: int, down: int, fraction: float, projections: str) -> tuple[int, int]:
+    """Weights of a layer's two fused expert tensors that train; up, down: how many they have.
+
+    projections: "all", the same share of each; "down", as many in all, of the second one alone as far as it has them.
+    """
+    both = active_count(up, fraction), active_count(down, fraction)
+    if projections == "all":
+        return both
+    assert projections == "down", projections
+    of_down = min(sum(both), down)
+    return sum(both) - of_down, of_down
+
+
+def counts_by_name(moes: Sequence[MoeLayer], fraction: float, projections: str) -> dict[str, int]:
+    """Fused tensor -> how many of its weights train."""
+    counts: dict[str, int] = {}
+    for moe in moes:
+        up, down = (bank.numel for bank in moe.banks)
+        counts |= zip(moe.names, active_counts(up, down, fraction, projections), strict=True)
+    return counts
+
+
 def sample_chunks(samples: Sequence[int], chunk_rows: int) -> list[list[int]]:
     """The samples in their order, in an even number of chunks of at most `chunk_rows`, as equal as can be.
 
@@ -70,8 +92,10 @@ def sample_chunks(samples: Sequence[int], chunk_rows: int) -> list[list[int]]:
 def find_important(
     model: SparseModel, states: BoundaryStates, rows: Rows, samples: Sequence[int], fraction: float,
     chunk_rows: int, head_chunk_tokens: int, progress: Progress, workspace: Workspace | None = None,
+    projections: str = "all",
 ) -> Importance:  # fmt: skip
-    """The `fraction` of each fused expert tensor with the largest mean gradient over the sequences `samples`.
+    """The weights of each fused expert tensor with the largest mean gradient over the sequences `samples`, as many as
+    `active_counts` says.
 
     Ties go to the lower index. `progress` is called twice for each chunk (`sample_chunks`) and trainable layer.
     `workspace`: where inputs, gradients and pairs of all samples lie, on the CPU; None is private memory.
@@ -91,16 +115,20 @@ def find_important(
         moes = [moe for moe in model.moe if moe.layer in range(*segment)]
         needs_input_gradient = segment[0] > states.start
         above = None if gradients else head
+        counts = counts_by_name(moes, fraction, projections)
+        banks = {n: bank for moe in moes for n, bank in zip(moe.names, moe.banks, strict=True) if counts[n]}
         captured = _backward(
-            model, batches, segment, moes, inputs.pop(), gradients, above, needs_input_gradient, unused, memory,
-            progress,
+            model, batches, segment, moes, list(banks.values()), inputs.pop(), gradients, above, needs_input_gradient,
+            unused, memory, progress,
         )  # fmt: skip
-        for moe in moes:
-            for name, bank in zip(moe.names, moe.banks, strict=True):
-                pairs = captured.pop(0)
-                active[name], halves = score_bank(bank, pairs, active_count(bank.numel, fraction))
-                overlaps.append(overlap(*halves))
-                del pairs  # a layer's pairs are gone before the next layer's are captured
+        for name, count in counts.items():
+            if not count:
+                active[name] = torch.zeros(0, dtype=torch.int64)
+                continue
+            pairs = captured.pop(0)
+            active[name], halves = score_bank(banks[name], pairs, count)
+            overlaps.append(overlap(*halves))
+            del pairs  # a layer's pairs are gone before the next layer's are captured
     half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
     return Importance(active, half_overlap, len(samples))
 
@@ -143,20 +171,19 @@ class _Head:
 
 
 def _backward(
-    model: SparseModel, batches: list[Batch], segment: tuple[int, int], moes: list[MoeLayer],
+    model: SparseModel, batches: list[Batch], segment: tuple[int, int], moes: list[MoeLayer], banks: list[ExpertBank],
     inputs: list[Tensor | None], gradients: list[Tensor], head: _Head | None, needs_input_gradient: bool,
     unused: dict[type, bool], memory: Memory, progress: Progress,
 ) -> list[list[PairGradients]]:  # fmt: skip
     """All chunks through one segment's backward: in nearly every family, one layer's. `gradients` [c] goes in as its
     output gradient, unless `head` gives that, and comes out as its input gradient; `inputs` is emptied. Returns, for
-    each bank, what its weight gradients need, one entry a chunk.
+    each of `banks`, what its weight gradients need, one entry a chunk.
 
     With `head` this is the top segment, whose forward has not run before. Elsewhere it has, and only gradients are
     wanted of this one: `unused` remembers for which classes of layers those do not depend on the experts' outputs.
     """
     first, end = segment
     layer_class = type(model.layers[first])
-    banks = [bank for moe in moes for bank in moe.banks]
     for bank in banks:
         bank.captured = []
         bank.delta.requires_grad_(True)  # still empty, but it makes autograd come by
@@ -185,8 +212,9 @@ def _backward(
         progress((end - first) * (1 if head is None else 2))
     captured = [bank.captured or [] for bank in banks]
     for bank in banks:
-        bank.captured, bank.output_unused = None, False
-        bank.delta.grad = None
+        bank.captured, bank.delta.grad = None, None
+    for moe in moes:
+        moe.banks[1].output_unused = False
     return captured
 
 

@@ -134,7 +134,7 @@ class Job:
         with phase("importance", work, "chunk", self.phase_done) as bar:
             found = find_important(
                 session.model, self.states, session.data.train, samples, self.values.frac, rows,
-                self.values.head_chunk_tokens, bar.update, session.workspace("importance"),
+                self.values.head_chunk_tokens, bar.update, session.workspace("importance"), self.values.projections,
             )  # fmt: skip
         trainer.activate(found.active)
         overlap = self.totals.half_overlap = finite(found.half_overlap)

@@ -104,7 +104,7 @@ class Merge:
         """
         quantization = self.checkpoint.quantization
         four_bit = {target for target in self.transposed if self.checkpoint.four_bit(target) is not None}
-        written = set(self.delta.experts)
+        written = {target for target, (indices, _) in self.delta.experts.items() if len(indices)}
         if self.base == "dequantized":
             written |= self.transposed.keys() - four_bit
         if quantization is not None and quantization.method == "compressed-tensors" and written & four_bit:

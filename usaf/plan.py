@@ -129,7 +129,9 @@ class Plan:
 
         say("measuring this machine for a few seconds ...")
         files = [p for p in self.folder.glob("*.safetensors") if p.stat().st_size > 1 << 28]
-        return measure(self.model, self.shape, self.values.frac, cache_folder(self.values), max(files, default=None))
+        values = self.values
+        return measure(self.model, self.shape, values.frac, values.projections, cache_folder(values),
+                       max(files, default=None))  # fmt: skip
 
     def times(self, values: Settings, work: Work) -> list[PhaseTime]:
         from usaf.budget import last_reselection

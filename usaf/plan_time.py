@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from usaf.budget import Work
+from usaf.budget import Work, active_weights
 from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.experts import attach_banks, experts_forward, is_experts_module
-from usaf.importance import active_count, grow_candidates, score_bank
+from usaf.importance import active_counts, grow_candidates, score_bank
 from usaf.kernels.decode import decode_expert
 from usaf.linear import FrozenLinear
 from usaf.model_shape import Experts, LayerShape, ModelShape
@@ -109,7 +109,9 @@ class Rates:
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(model: PreTrainedModel, shape: ModelShape, frac: float, folder: Path, on_disk: Path | None) -> Rates:
+def measure(
+    model: PreTrainedModel, shape: ModelShape, frac: float, projections: str, folder: Path, on_disk: Path | None
+) -> Rates:  # fmt: skip
     """A few seconds of this machine at work on a model's shapes.
 
     model: on the meta device; folder: where the cache will lie, for a file to write and read; on_disk: a large file
@@ -126,7 +128,7 @@ def measure(model: PreTrainedModel, shape: ModelShape, frac: float, folder: Path
     return Rates(
         threads=torch.get_num_threads(),
         product={rows: product_rate(rows, shape.hidden, one.up[0]) for rows in (16, 64, 256, 512)},
-        experts={experts: expert_rates(module_of(modules, experts), experts, frac) for experts in kinds},
+        experts={experts: expert_rates(module_of(modules, experts), experts, frac, projections) for experts in kinds},
         linear_forward=linear[0], linear_training=linear[1],
         attention_forward=forward, attention_training=training,
         copy_bytes=copy_rate(), softmax_elements=softmax_rate(), decode_weights=decode, widen_weights=widen,
@@ -176,7 +178,7 @@ def random_bank(encoding: Encoding, shape: tuple[int, int, int]) -> QuantizedTen
     return encoding.of(parts, shape)
 
 
-def some_experts(module: nn.Module, experts: Experts, frac: float) -> tuple[Any, int]:
+def some_experts(module: nn.Module, experts: Experts, frac: float, projections: str) -> tuple[Any, int]:
     """(a copy of an experts module with a few experts of random codes and random active weights, how many)."""
     count = max(1, min(experts.count, MOST_WEIGHTS // (experts.weights // experts.count)))
     copied: Any = copy.deepcopy(module)
@@ -186,15 +188,16 @@ def some_experts(module: nn.Module, experts: Experts, frac: float) -> tuple[Any,
                 size = (count, *parameter.shape[1:]) if parameter.ndim == 2 else parameter.shape  # a bias; a norm
                 owner._parameters[name] = nn.Parameter(torch.ones(size), requires_grad=False)
     up, down = (random_bank(e, (count, *s)) for e, s in zip(experts.encodings, (experts.up, experts.down), strict=True))
-    for bank in attach_banks(copied, up, down):
-        n = active_count(bank.numel, frac)
+    banks = attach_banks(copied, up, down)
+    counts = active_counts(banks[0].numel, banks[1].numel, frac, projections)
+    for bank, n in zip(banks, counts, strict=True):
         places = torch.randint(bank.numel, (n,), generator=torch.Generator().manual_seed(0)).unique()
         bank.set_active(places, torch.zeros(len(places)))
     return copied, count
 
 
-def expert_rates(module: nn.Module, experts: Experts, frac: float) -> ExpertRates:
-    copied, count = some_experts(module, experts, frac)
+def expert_rates(module: nn.Module, experts: Experts, frac: float, projections: str) -> ExpertRates:
+    copied, count = some_experts(module, experts, frac, projections)
     a_row = 2 * count * experts.weights / experts.count
     rows = [r for r in ROWS if r * a_row <= MOST_OPERATIONS] or [ROWS[0]]
     forward, training, scoring, growing = [], [], [], []
@@ -203,7 +206,7 @@ def expert_rates(module: nn.Module, experts: Experts, frac: float) -> ExpertRate
         forward.append(best(partial(untrained, copied, hidden, ids, weights)) / count)
         training.append(best(partial(trained, copied, hidden, ids, weights), 2) / count)
         banks, pairs = captured(copied, hidden, ids, weights)
-        each = [(bank, of_bank, active_count(bank.numel, frac)) for bank, of_bank in zip(banks, pairs, strict=True)]
+        each = [(bank, of_bank, len(bank.delta)) for bank, of_bank in zip(banks, pairs, strict=True)]
         scoring.append(seconds_of_one_more(scored, each, count))
         growing.append(seconds_of_one_more(grown, each, count))
     at = tuple(rows)
@@ -265,7 +268,7 @@ def trained(copied: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
 def captured(
     copied: Any, hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> tuple[list[ExpertBank], list[PairGradients]]:  # fmt: skip
-    banks = [copied.up_bank, copied.down_bank]
+    banks = [bank for bank in (copied.up_bank, copied.down_bank) if len(bank.delta)]
     for bank in banks:
         bank.captured = []
     trained(copied, hidden, ids, weights)
@@ -488,8 +491,13 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
     for experts in all_experts(shape.layers[work.start :]):
         rows = tokens * experts.pairs_per_token / experts.count
         seconds += experts.count * rates.expert(experts).scoring.at(rows)
-        operations += 2 * rows * experts.weights
+        operations += 2 * rows * scored_weights(experts, work)
     return PhaseTime("importance", seconds, operations=operations)
+
+
+def scored_weights(experts: Experts, work: Work) -> int:
+    """Of a layer: those whose dense gradients are formed."""
+    return sum(n for n, active in zip(experts.bank_weights, active_weights(experts, work), strict=True) if active)
 
 
 def step_time(shape: ModelShape, rates: Rates, work: Work, steps: int) -> PhaseTime:
@@ -498,7 +506,7 @@ def step_time(shape: ModelShape, rates: Rates, work: Work, steps: int) -> PhaseT
     for layer in shape.layers[work.start :]:
         one.layer(layer, work.step_tokens, training=True)
     one.head(work.step_tokens, work.head_chunk_tokens, gradient=True)
-    active = sum(active_count(n, work.frac) for e in all_experts(shape.layers[work.start :]) for n in e.bank_weights)
+    active = sum(n for e in all_experts(shape.layers[work.start :]) for n in active_weights(e, work))
     seconds = one.seconds * work.accum + active / rates.adam_weights
     return PhaseTime("steps", seconds * steps, steps, one.operations * work.accum * steps)
 
@@ -510,7 +518,7 @@ def reselect_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> li
     for experts in all_experts(shape.layers[work.start :]):
         rows = tokens * experts.pairs_per_token / experts.count
         seconds += experts.count * rates.expert(experts).growing.at(rows)
-        operations += 2 * rows * experts.weights
+        operations += 2 * rows * scored_weights(experts, work)
     return [PhaseTime("reselections", seconds * times, times, operations * times)]
 
 
@@ -526,5 +534,5 @@ def evaluate_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> Ph
 
 
 def save_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> PhaseTime:
-    active = sum(active_count(n, work.frac) for e in all_experts(shape.layers[work.start :]) for n in e.bank_weights)
+    active = sum(n for e in all_experts(shape.layers[work.start :]) for n in active_weights(e, work))
     return PhaseTime("checkpoints", times * active * 28 / rates.write_bytes, times)

@@ -47,7 +47,7 @@ from usaf.source_folder import resolve_model
 from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
-RATE_TIMES_WIDTH = 0.8
+RATE_TIMES_WIDTH = 2.0
 """LR_PEAK's default times the hidden size."""
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token

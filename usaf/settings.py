@@ -205,7 +205,7 @@ class Settings:
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of the deltas, warm-up then cosine",
-        unset="0.8 / hidden size, so 3.9e-4 for one of 2048",
+        unset="2 / hidden size, so 9.8e-4 for one of 2048",
     )
     reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
     use_cuda: bool | None = _setting(
@@ -277,6 +277,11 @@ class Settings:
         0.05,
         _real("above 0 and below 0.5", lambda value: 0 < value < 0.5),
         "share of DATASET_PATH held back from training as in_domain, at least one sample",
+    )
+    projections: str = _setting(
+        "down",
+        _choice("down", "all"),
+        "projections of the experts that train: down, or all (gate and up as well); FRAC is of all of them either way",
     )
     group_size: int = _setting(
         128,

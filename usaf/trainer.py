@@ -163,7 +163,7 @@ class Trainer:
     def _micro_step(self, batch: Batch, rows: list[int], scale: float, capturing: bool) -> float:
         """Forward and backward of one micro-batch; returns its summed loss."""
         for bank in self.banks.values():
-            bank.captured = [] if capturing else None
+            bank.captured = [] if capturing and len(bank.delta) else None
         hidden = self.model.run_layers(batch, self.states.start, self.model.num_layers, self.states.hidden(rows))
         loss, gradient = loss_and_gradient(self.model, hidden, batch, self.settings.head_chunk_tokens, scale)
         if math.isfinite(loss):

@@ -57,6 +57,7 @@ ARMS: dict[str, Arm] = {
                   targets=("experts", "attention"), base="hqq4", bf16=True),
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
     "usaf": usaf("the product with its defaults"),
+    "usaf-all": usaf("gate and up projections train too", PROJECTIONS="all"),
     "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
     "usaf-frozen-router": usaf("routers frozen", ROUTER_LR=0),
     "random": lab("random weights, never reselected", score="random", reselect_every=0),
@@ -67,7 +68,7 @@ ARMS: dict[str, Arm] = {
 """Those of the main table; `ABLATIONS` has the others."""
 
 ABLATIONS: dict[str, Arm] = {
-    "lab": lab("the product's method on dense weights: the judge of the product, and the others' baseline"),
+    "lab": lab("the method with PROJECTIONS=all on dense weights, the baseline of the others"),
     "lab-original": lab("on the unquantised base", base="original"),
     "lab-group-64": lab("on a base with a scale for every 64 weights", base="hqq4-64"),
     "lab-8-bit-base": lab("on a base of 8 bits", base="hqq8-128"),
@@ -132,6 +133,9 @@ ABLATIONS: dict[str, Arm] = {
                              reselect_every=10, whole=("router", "norms")),
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
+    "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
+    "usaf-every-20": usaf("reselected every 20 steps", RESELECT_EVERY=20),
+    "usaf-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5),
     "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),
     "usaf-warmup-0.2": usaf("warm-up of a fifth", WARMUP=0.2),
     "usaf-clip-0.3": usaf("gradients clipped at 0.3", GRAD_CLIP=0.3),
@@ -443,7 +447,7 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     began = time.perf_counter()
     found = find_important(
         session.model, states, rows, samples, values.frac, session.chunk_rows(rows), values.head_chunk_tokens,
-        lambda _: None,
+        lambda _: None, projections=values.projections,
     )  # fmt: skip
     importance_seconds = time.perf_counter() - began
     trainer.activate(found.active)

@@ -34,7 +34,7 @@ EIGHT_BIT_BLOCK = 256  # moments that share a largest value
 
 @dataclass(frozen=True)
 class Recipe:
-    """The default is USAF's method as the product has it."""
+    """The default is USAF's method with PROJECTIONS=all, and the run's settings."""
 
     base: str = "hqq4"
     sparse: tuple[str, ...] = ("experts",)  # groups of tensors whose best entries train, see `GROUPS`
