@@ -82,11 +82,13 @@ def wanted_runs(
 ) -> list[Run]:
     """The runs that an arm still needs before more can be said; empty when it is finished.
 
-    guess: where the sweep begins, None for an arm without a rate. rates: a fixed sweep. done: run -> its validation NLL
+    guess: where the sweep begins, None for an arm without a rate of its own. rates: a fixed sweep. done: run -> its validation NLL
     (inf where it diverged).
     """
     if guess is None:
-        return [run for run in [Run(arm, None, SWEEP_SEED)] if run not in done]
+        return [
+            run for run in (Run(arm, None, seed) for seed in range(1 if arm == UNTRAINED else seeds)) if run not in done
+        ]
     swept = {run.rate: nll for run, nll in done.items() if run.seed == SWEEP_SEED and run.rate is not None}
     grid = list(rates) if rates else [on_grid(guess, i) for i in (-1, 0, 1)]
     missing = [Run(arm, rate, SWEEP_SEED) for rate in grid if rate not in swept]

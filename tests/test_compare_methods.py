@@ -174,6 +174,7 @@ def test_a_sweep_goes_on_while_its_best_is_at_an_edge_then_seeds_follow() -> Non
     done |= {Run("a", 1e-2, 1): 9.0, Run("a", 1e-2, 2): 9.0}  # seeds choose nothing
     assert wanted_runs("a", 5e-3, None, 3, done) == []
     assert rates(wanted_runs("none", None, None, 3, {})) == [(None, 0)]
+    assert rates(wanted_runs("usaf-default", None, None, 3, {})) == [(None, 0), (None, 1), (None, 2)]
     assert rates(wanted_runs("a", 5e-3, [1e-4], 1, {})) == [(1e-4, 0)]
 
 

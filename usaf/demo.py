@@ -33,7 +33,6 @@ DEMO_TEXT = DATA_FOLDER / "demo-text"  # ignored by git, made on first use
 DEMO_SETTINGS: dict[str, object] = {
     "train_from": 2,  # four of six layers: the default, one in six, is meant for 48
     "frac": 0.02,  # at 0.5% a model this small forgets more for what it learns
-    "lr_peak": 3e-3,  # a model of 8.5 M weights wants ten times and more of what one of 30 B wants
     "router_lr": 2e-4,  # at 1e-3 an expert starved
     "seq_len": 256,
     "microbatch": 4,

@@ -56,7 +56,8 @@ ARMS: dict[str, Arm] = {
     "qlora": peft("LoRA on experts and attention, on the 4-bit base, saved in bf16", 5e-3,
                   targets=("experts", "attention"), base="hqq4", bf16=True),
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
-    "usaf": usaf("the product with its defaults"),
+    "usaf": usaf("the product, its rate swept as the others' are"),
+    "usaf-default": usaf("the product as it is, with no choice made", guess=0.0, ROUTER_LR="5e-5"),
     "usaf-all": usaf("gate and up projections train too", PROJECTIONS="all"),
     "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
     "usaf-frozen-router": usaf("routers frozen", ROUTER_LR=0),
@@ -134,6 +135,7 @@ ABLATIONS: dict[str, Arm] = {
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
+    "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5", RESELECT_EVERY=10),
     "usaf-every-20": usaf("reselected every 20 steps", RESELECT_EVERY=20),
     "usaf-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5),
     "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),
