@@ -82,8 +82,8 @@ def wanted_runs(
 ) -> list[Run]:
     """The runs that an arm still needs before more can be said; empty when it is finished.
 
-    guess: where the sweep begins, None for an arm without a rate of its own. rates: a fixed sweep. done: run -> its validation NLL
-    (inf where it diverged).
+    guess: where the sweep begins, None for an arm without a rate of its own. rates: a fixed sweep. done: run -> its
+    validation NLL (inf where it diverged).
     """
     if guess is None:
         return [

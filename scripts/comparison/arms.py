@@ -135,7 +135,8 @@ ABLATIONS: dict[str, Arm] = {
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
-    "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5", RESELECT_EVERY=10),
+    "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
+                            RESELECT_EVERY=10),
     "usaf-every-20": usaf("reselected every 20 steps", RESELECT_EVERY=20),
     "usaf-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5),
     "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),
