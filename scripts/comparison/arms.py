@@ -375,7 +375,7 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         for unit in units if in_16_bits else ():
             unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
         model.save_pretrained(folder)
-        fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)  # type: ignore[arg-type]
+        fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)
         figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
         size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     shapes = expert_shapes(session)

@@ -63,7 +63,7 @@ class Recipe:
 
     def filled(self, values: Settings) -> Recipe:
         """With the run's settings where nothing else is said."""
-        given = {
+        given: dict[str, Any] = {
             "samples": values.importance_samples, "reselect_every": values.reselect_every,
             "reselect_until": values.reselect_until, "drop_fraction": values.drop_fraction,
             "capture_steps": values.capture_steps, "router_rate": values.router_lr,
@@ -246,7 +246,7 @@ class Lab:
         """The units that this step updates."""
         return [u for u in self.units if u not in self.sparse] if step < self.recipe.router_warmup else self.units
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: Any, batch: Any) -> Tensor:
         if self.recipe.balance == 0:
             return batch_loss(model, batch)
         out = model(
@@ -383,7 +383,7 @@ def add_dense_gradient(model: nn.Module) -> list[Callable[[], None]]:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    module.forward = forward  # type: ignore[method-assign, assignment]
+    module.forward = forward
 
     def restore() -> None:
         del module.__dict__["forward"]
