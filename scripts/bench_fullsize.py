@@ -321,7 +321,7 @@ class Bench:
         trainer.activate(found.active)
         lengths = self.lengths(rows, samples)
         self.add("importance", f"{self.trained()}, {len(samples)} sequences", 1, seen.seconds, sum(lengths),
-                 self.work.importance(lengths, self.start), seen)  # fmt: skip
+                 self.work.importance(lengths, self.start, self.values.projections), seen)  # fmt: skip
 
     def activate_any(self, trainer: Trainer) -> None:
         """Evenly spread active weights, where importance is not measured."""
@@ -372,7 +372,8 @@ class Bench:
         tokens = sum(result.tokens for result in capturing)
         lengths = [given.seq_len] * (tokens // given.seq_len)
         self.add("reselection", f"{self.trained()}, {len(capturing)} captured steps, {changed.dropped:,} exchanged", 1,
-                 seen.seconds, tokens, self.work.weight_gradients(lengths, self.start), seen)  # fmt: skip
+                 seen.seconds, tokens, self.work.dense_gradients(lengths, self.start, self.values.projections),
+                 seen)  # fmt: skip
 
     def add_steps(self, name: str, what: str, results: list[Any], seen: Any) -> None:
         seconds = statistics.median(result.seconds for result in results)

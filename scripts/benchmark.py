@@ -169,14 +169,20 @@ class ModelWork:
         """The gradients of the experts' weights in layers from `start`, at a share `density` of them."""
         return Work(experts=density * self.forward(lengths, (start, len(self.layers))).experts)
 
+    def dense_gradients(self, lengths: Sequence[int], start: int, projections: str) -> Work:
+        """Those that importance and reselection form: of the projections that train (`PROJECTIONS`)."""
+        if projections == "all":
+            return self.weight_gradients(lengths, start)
+        return Work(experts=float(sum(lengths) * sum(layer.down for layer in self.layers[start:])))
+
     def step(self, lengths: Sequence[int], start: int, density: float) -> Work:
         """Forward and backward of a training step, from the states that enter layer `start`."""
         forward = self.forward(lengths, (start, len(self.layers)), head=True)
         return forward + self.input_gradients(lengths, start) + self.weight_gradients(lengths, start, density)
 
-    def importance(self, lengths: Sequence[int], start: int) -> Work:
-        """As a step, with the gradient of every expert weight."""
-        return self.step(lengths, start, 1.0)
+    def importance(self, lengths: Sequence[int], start: int, projections: str = "all") -> Work:
+        """As a step, with the gradient of every expert weight of those projections."""
+        return self.step(lengths, start, 0.0) + self.dense_gradients(lengths, start, projections)
 
 
 def model_work(config: Any) -> ModelWork:

@@ -47,9 +47,9 @@ def test_every_phase_with_its_count(folder: Path, tmp_path: Path, capsys: pytest
     work = benchmark.model_work(tiny_config("qwen3_moe"))
     two, frac = [16, 16], found["settings"]["FRAC"]["value"]
     counted = {
-        "prefix": work.forward([16] * 4, (0, 2)), "importance": work.importance([16] * 4, 2),
+        "prefix": work.forward([16] * 4, (0, 2)), "importance": work.importance([16] * 4, 2, "down"),
         "step": work.step(two, 2, frac), "capture": work.step(two, 2, frac),
-        "reselection": work.weight_gradients([16] * 8, 2),
+        "reselection": work.dense_gradients([16] * 8, 2, "down"),
         "evaluation": work.forward([16] * 3, (2, 4), head=True),
     }  # fmt: skip
     rate = sum(found["product_gflop_per_second"][when]["512"] for when in ("before", "after")) / 2
