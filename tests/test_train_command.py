@@ -156,6 +156,13 @@ def test_the_default_first_trainable_layer_is_printed_as_a_number(
     assert "settled: TRAIN_FROM = 3 (default)" in capsys.readouterr().out.splitlines()
 
 
+def test_the_default_rate_goes_with_the_inverse_of_the_width(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.train("default-rate", LR_PEAK=None, STEPS=1) == 0
+    assert "settled: LR_PEAK = 0.031 (model)" in capsys.readouterr().out.splitlines()  # 2 / 64
+    saved = read_json(world.runs / "default-rate" / "settings.json")["settings"]["LR_PEAK"]
+    assert saved == {"value": 0.031, "source": "model"}
+
+
 def test_the_final_table_tells_the_summary(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert world.train("table") == 0
     out = capsys.readouterr().out

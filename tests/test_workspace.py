@@ -14,7 +14,7 @@ import torch
 from usaf import workspace as module
 from usaf.errors import RunError
 from usaf.memory import private_bytes, resident_bytes
-from usaf.workspace import PRIVATE, SMALLEST_BYTES, Workspace
+from usaf.workspace import PRIVATE, SMALLEST_BYTES, Workspace, own_pages
 
 MIB = 1 << 20
 
@@ -106,3 +106,26 @@ def test_room_is_taken_where_the_system_has_no_call_for_it(tmp_path: Path, monke
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     kept = Workspace(tmp_path).empty((3, 5 * MIB // 4 + 1), torch.float32)
     assert float(kept.sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3), (5, 7), (300, 400)])
+def test_own_pages_are_a_tensor_as_any_other(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    values = torch.arange(shape[0] * shape[1]).view(shape).to(dtype)
+    own = own_pages(shape, dtype).copy_(values)
+    assert torch.equal(own, values)
+    assert own.is_contiguous()
+    assert torch.equal(own.clone().add_(1), values + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="private memory is read from /proc")
+def test_own_pages_are_private_and_go_back_with_the_tensor() -> None:
+    before = private_bytes()
+    own = own_pages((1 << 22,)).fill_(1.0)
+    assert private_bytes() - before > 0.9 * own.nbytes
+    view = own[:8]
+    del own
+    assert private_bytes() - before > 0.9 * (1 << 24)  # a view holds them
+    assert view.tolist() == [1.0] * 8
+    del view
+    assert private_bytes() - before < 0.2 * (1 << 24)
