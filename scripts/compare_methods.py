@@ -16,7 +16,6 @@ Left out: GPUs; rates, epochs or batch sizes of more than one kind; dropout; wei
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -175,6 +174,8 @@ def processes() -> Any:
 
 def one_run(context: Any, plan: argparse.Namespace, bed: Bed, run: Run, folder: Path) -> None:
     """A run in a process of its own; its figures go to its file, what it prints to a log beside it."""
+    from usaf.files import write_json
+
     path = run.path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.with_suffix(".log")
@@ -199,9 +200,7 @@ def one_run(context: Any, plan: argparse.Namespace, bed: Bed, run: Run, folder: 
         "before": untrained["nll"], "config": plan.config, "jobs": plan.jobs, "command": plan.command,
         "commit": plan.commit, "machine": plan.machine,
     }  # fmt: skip
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(cleaned(figures), indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, figures)
     nll = figures["nll"]
     heldout = [v for n, v in nll.items() if n.startswith("heldout_")]
     say(f"{run.arm:<24} rate {run.rate or 0:<7g} seed {run.seed}: validation {nll['validation']:.4f}, held-out "
@@ -225,15 +224,6 @@ def apart(sender: Connection, log: Path, bed: Bed, run: Run, further: dict[str, 
         traceback.print_exc()  # into the log
         sys.exit(1)
     sender.send(found)
-
-
-def cleaned(value: Any) -> Any:
-    """JSON has neither inf nor nan."""
-    if isinstance(value, dict):
-        return {k: cleaned(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [cleaned(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -419,6 +419,16 @@ class DataOrder:
         taken = (divmod(number, self.n_rows) for number in range(first, first + self.microbatch))
         return [int(self._epoch(epoch)[position]) for epoch, position in taken]
 
+    def first_rows(self, count: int) -> list[int]:
+        """The first `count` rows that training takes, each once (an epoch may end before all were seen)."""
+        assert count <= self.n_rows, (count, self.n_rows)
+        rows: dict[int, None] = {}
+        index = 0
+        while len(rows) < count:
+            rows.update(dict.fromkeys(self.micro_batch(index)))
+            index += 1
+        return list(rows)[:count]
+
     def steps_per_epoch(self, accum: int) -> int:
         """Optimizer steps until every row was taken once: the last step may reach into the next epoch."""
         return -(-self.n_rows // (self.microbatch * accum))

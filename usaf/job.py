@@ -116,15 +116,9 @@ class Job:
             self.run.log("warning", step=step, message=f"{', '.join(names)}: {said}")
 
     def importance_samples(self) -> list[int]:
-        """The first rows of the run's order, each once (an epoch may end before all were seen)."""
-        order, count = self.session.order, min(self.values.importance_samples, len(self.session.data.train))
+        order = self.session.order
         assert order is not None
-        rows: dict[int, None] = {}
-        index = 0
-        while len(rows) < count:
-            rows.update(dict.fromkeys(order.micro_batch(index)))
-            index += 1
-        return list(rows)[:count]
+        return order.first_rows(min(self.values.importance_samples, len(self.session.data.train)))
 
     def choose_weights(self, trainer: Trainer) -> None:
         """Importance over the first sequences of the run's order."""

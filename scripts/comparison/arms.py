@@ -446,7 +446,7 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     states = session.boundary(rows, order.chunks)
     fill_all([states])
     trainer = Trainer(session.model, states, rows, order, values, values.steps)
-    samples = first_rows(order, min(values.importance_samples, len(rows)))
+    samples = order.first_rows(min(values.importance_samples, len(rows)))
     began = time.perf_counter()
     found = find_important(
         session.model, states, rows, samples, values.frac, session.chunk_rows(rows), values.head_chunk_tokens,
@@ -473,16 +473,6 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
         "half_overlap": found.half_overlap, "importance_seconds": importance_seconds, "turnover": turnover,
         "experts": sum(b.num_experts for b in trainer.banks.values()) // 2, "experts_moved": sum(moved.values()),
     }  # fmt: skip
-
-
-def first_rows(order: Any, count: int) -> list[int]:
-    """The first rows of the run's order, each once."""
-    rows: dict[int, None] = {}
-    index = 0
-    while len(rows) < count:
-        rows.update(dict.fromkeys(order.micro_batch(index)))
-        index += 1
-    return list(rows)[:count]
 
 
 def judged_by_product(bed: Bed, session: Any) -> tuple[dict[str, float], dict[str, Any]]:
