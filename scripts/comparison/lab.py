@@ -76,6 +76,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("mlp.experts.down_proj",),
     "up": ("mlp.experts.gate_up_proj",),
     "attention": ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+    "output": ("o_proj.weight",),
     "router": ("mlp.gate.weight",),
     "norms": ("norm.weight",),
     "embedding": ("embed_tokens.weight", "lm_head.weight"),
