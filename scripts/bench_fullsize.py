@@ -329,7 +329,7 @@ class Bench:
 
         from usaf.importance import counts_by_name
 
-        counts = counts_by_name(trainer.trained, self.values.frac, self.values.projections)
+        counts = counts_by_name(trainer.model, self.start, self.values.frac, self.values.projections)
         generator = torch.Generator().manual_seed(0)
         active = {}
         for name, bank in trainer.banks.items():

@@ -239,7 +239,7 @@ def random_active(trainer: Trainer, fraction: float, seed: int = 0) -> dict[str,
 
     rng = np.random.default_rng(seed)
     chosen = {}
-    counts = counts_by_name(trainer.trained, fraction, trainer.settings.projections)
+    counts = counts_by_name(trainer.model, trainer.states.start, fraction, trainer.settings.projections)
     for name, bank in trainer.banks.items():
         indices = rng.choice(bank.numel, counts[name], replace=False, shuffle=False)
         chosen[name] = torch.from_numpy(np.sort(indices))
@@ -257,10 +257,10 @@ def usaf_trainer(session: Session, states: Any) -> Trainer:
 
 def trained_figures(trainer: Trainer) -> dict[str, Any]:
     """What trains, counted after a step; the last figure proves that its gradient reached it."""
-    routers = sum(weight.numel() for weight in trainer.router_weights.values())
+    whole = sum(weight.numel() for weight in trainer.whole().values())
     return {
-        "trainable_parameters": trainer.active_parameters() + routers,
-        "active_parameters": trainer.active_parameters(), "router_parameters": routers,
+        "trainable_parameters": trainer.active_parameters() + whole,
+        "active_parameters": trainer.active_parameters(), "whole_parameters": whole,
         "parameters_with_gradient": with_gradient(list(trainer.parameters().values())),
     }  # fmt: skip
 

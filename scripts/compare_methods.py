@@ -284,14 +284,13 @@ def bed_of(arguments: argparse.Namespace) -> Bed:
 
 def question() -> Question:
     """What the report is to say."""
-    from comparison.arms import ABLATIONS, ARMS, EVERY
+    from comparison.arms import ARMS, EVERY
     from comparison.report import Ablation, Question
 
     rivals = [name for name, arm in ARMS.items() if arm.family == "peft" and "budget" not in arm.options]
-    ablations = [
-        Ablation(f"one thing changed of {baseline}", baseline, [a for a in ABLATIONS if a.startswith(f"{baseline}-")])
-        for baseline in ("lab", "usaf")
-    ]
+    baselines = ("now", "usaf", "usaf-experts", "lab")  # an arm belongs to the longest that begins its name
+    of = {a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY}
+    ablations = [Ablation(f"one thing changed of {b}", b, [a for a in EVERY if of[a] == b]) for b in baselines]
     return Question("Methods compared", "usaf", "full", rivals, list(EVERY), ablations)
 
 

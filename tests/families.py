@@ -20,6 +20,7 @@ from usaf.delta import load_delta
 from usaf.devices import Backend, choose_backend
 from usaf.expert_store import open_or_make
 from usaf.model import SparseModel, build_model
+from usaf.trained_parts import open_head, open_norms
 
 VOCAB = 128
 COMMON: dict[str, Any] = {
@@ -80,13 +81,19 @@ def build(folder: Path, backend: Backend | None = None, group_size: int = 128) -
 
 
 def base_into(reference: PreTrainedModel, model: SparseModel) -> None:
-    """Put the dequantised experts into a transformers model, so that both compute the same function."""
+    """Put the dequantised experts, norms and a trained head into a transformers model, so that both compute the same
+    function."""
     for moe in model.moe:
         for name, bank in zip(moe.names, moe.banks, strict=True):
             weight = torch.stack([bank.weight(e, torch.float32) for e in range(bank.num_experts)])
             parameter = reference.get_parameter(name)
             transposed = reference.get_submodule(name.rpartition(".")[0]).is_transposed
             parameter.data.copy_(weight.transpose(1, 2) if transposed else weight)
+    for name, weight in model.norms.items():
+        reference.get_parameter(name).data.copy_(weight)
+    if model.head is not None:
+        weight = torch.cat([model.head.block(p, torch.float32) for p in range(model.head.num_parts)])
+        reference.get_output_embeddings().weight = nn.Parameter(weight.detach())
 
 
 def reference_of(folder: Path, model: SparseModel) -> PreTrainedModel:
@@ -97,14 +104,22 @@ def reference_of(folder: Path, model: SparseModel) -> PreTrainedModel:
 
 
 def with_delta(folder: Path, path: Path) -> SparseModel:
-    """The model that a run has left as `path`: its 4-bit base with the delta's weights and routers."""
+    """The model that a run has left as `path`: its 4-bit base with all that the delta has."""
     model, delta = build(folder), load_delta(path)
     for moe in model.moe:
         for name, bank in zip(moe.names, moe.banks, strict=True):
-            if name in delta.experts:
-                bank.set_active(*delta.experts[name])
-        if moe.router_name in delta.routers:
-            moe.router_weight.data.copy_(delta.routers[moe.router_name])
+            if name in delta.sparse:
+                bank.set_active(*delta.sparse[name])
+    if any(name.endswith("norm.weight") for name in delta.whole):
+        open_norms(
+            model, min(int(name.split(".layers.")[1].split(".")[0]) for name in delta.sparse if "layers" in name)
+        )
+    for name, weight in delta.whole.items():
+        model.model.get_parameter(name).data.copy_(weight)
+    if any(name.startswith("lm_head") for name in delta.sparse):
+        assert open_head(model)
+        assert model.head is not None
+        model.head.set_active(*delta.sparse[model.head_name])
     return model
 
 

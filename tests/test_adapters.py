@@ -409,8 +409,8 @@ def check_export(family: str, world: World, path: Path) -> None:
     assert merged.keys() == source.keys()
     changed = {key: int((merged[key].float() != source[key].float()).sum()) for key in source}
     plan = Checkpoint(world.model).sources
-    routers = {key for name in delta.routers for key, _ in plan[name].keys}
-    experts = {key for name in delta.experts for key, _ in plan[name].keys}
+    routers = {key for name in delta.whole for key, _ in plan[name].keys}
+    experts = {key for name in delta.sparse for key, _ in plan[name].keys}
     assert all(changed[key] > 0 for key in routers)
-    assert sum(changed[key] for key in experts) == sum(int((v != 0).sum()) for _, v in delta.experts.values()) > 0
+    assert sum(changed[key] for key in experts) == sum(int((v != 0).sum()) for _, v in delta.sparse.values()) > 0
     assert not any(changed[key] for key in source.keys() - routers - experts)

@@ -94,11 +94,11 @@ def test_deltas_are_added_as_the_plain_way_adds_them(density: float, resident: b
     torch.manual_seed(0)
     bank = ExpertBank(quantize(torch.randn(3, 20, 130) * 0.02))
     active = (torch.rand(bank.numel) < density).nonzero().squeeze(1)
-    active = active[(active < bank.expert_size) | (active >= 2 * bank.expert_size)]  # expert 1 has none
+    active = active[(active < bank.part_size) | (active >= 2 * bank.part_size)]  # expert 1 has none
     bank.set_active(active, torch.randn(len(active)) * 1e-3)
     if resident:
         bank.resident = dequantize(bank.base, torch.float16)
-    buffer = torch.empty(bank.expert_size + 7)
+    buffer = torch.empty(bank.part_size + 7)
     for e in range(3):
         assert torch.equal(bank.decode(e, buffer, bank.delta), bank.weight(e, torch.float32))
 

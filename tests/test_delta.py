@@ -16,8 +16,8 @@ from torch import Tensor
 from usaf.delta import Delta, experts_moved, load_delta, save_delta
 from usaf.errors import UserError
 
-UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
-OTHER = "model.layers.2.mlp.experts.gate_up_proj"
+UP, DOWN = "model.layers.1.mlp.sparse.gate_up_proj", "model.layers.1.mlp.sparse.down_proj"
+OTHER = "model.layers.2.mlp.sparse.gate_up_proj"
 
 
 def example(last: int = 79) -> Delta:
@@ -39,13 +39,13 @@ def test_round_trip_to_the_bit(tmp_path: Path, last: int) -> None:
     delta, path = example(last), tmp_path / "delta.safetensors"
     assert save_delta(path, delta) == path.stat().st_size
     found = load_delta(path)
-    assert found.experts.keys() == delta.experts.keys()
-    for name, (indices, values) in delta.experts.items():
-        assert found.experts[name][0].dtype == torch.int64
-        assert torch.equal(found.experts[name][0], indices)
-        assert torch.equal(found.experts[name][1].view(torch.int32), values.view(torch.int32))
-    assert found.routers.keys() == delta.routers.keys()
-    assert all(torch.equal(found.routers[name], weight) for name, weight in delta.routers.items())
+    assert found.sparse.keys() == delta.sparse.keys()
+    for name, (indices, values) in delta.sparse.items():
+        assert found.sparse[name][0].dtype == torch.int64
+        assert torch.equal(found.sparse[name][0], indices)
+        assert torch.equal(found.sparse[name][1].view(torch.int32), values.view(torch.int32))
+    assert found.whole.keys() == delta.whole.keys()
+    assert all(torch.equal(found.whole[name], weight) for name, weight in delta.whole.items())
     assert (found.base_fingerprint, found.about) == (delta.base_fingerprint, delta.about)
     stored = load_file(path)[f"{UP}.indices"]
     assert stored.dtype == (torch.int32 if last < 2**31 else torch.int64)
@@ -56,17 +56,17 @@ def test_a_loaded_delta_does_not_hold_the_file(tmp_path: Path) -> None:
     path = tmp_path / "delta.safetensors"
     save_delta(path, example())
     found = load_delta(path)
-    kept = found.experts[UP][1].clone()
+    kept = found.sparse[UP][1].clone()
     path.write_bytes(b"\0" * path.stat().st_size)
-    assert torch.equal(found.experts[UP][1], kept)
+    assert torch.equal(found.sparse[UP][1], kept)
 
 
 def test_experts_moved() -> None:
     """Up has 20 weights an expert, down 10: up moves experts 0 (17), 2 (40) and 3 (79), not by its zero; down 0 (7)."""
     delta = example()
-    indices, values = delta.experts[UP]
-    delta.experts[UP] = (indices, values.where(indices != 0, torch.zeros(())))
-    delta.experts[DOWN] = (torch.tensor([7, 10]), torch.tensor([1.0, 1.0]))
+    indices, values = delta.sparse[UP]
+    delta.sparse[UP] = (indices, values.where(indices != 0, torch.zeros(())))
+    delta.sparse[DOWN] = (torch.tensor([7, 10]), torch.tensor([1.0, 1.0]))
     moved = experts_moved(delta, {UP: 20, DOWN: 10, OTHER: 20})
     assert moved == {UP.rpartition(".")[0]: 4, OTHER.rpartition(".")[0]: 0}
 

@@ -22,7 +22,7 @@ from operators import OperatorRecorder, directml_fallbacks, directml_types, mixe
 from source_checkpoints import to_int4, to_mxfp4
 from torch import Tensor
 
-from usaf import expert_bank, experts, fused_head
+from usaf import expert_bank, experts, head_loss
 from usaf.data import DataOrder, Rows
 from usaf.delta import load_delta, save_delta
 from usaf.devices import Backend
@@ -218,7 +218,7 @@ def use_device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, the versions of the kernels that DirectML would use."""
     monkeypatch.setattr(experts, "INDEX_ADD_DEVICES", ())
     monkeypatch.setattr(experts, "runs_fused", lambda *_: False)
-    monkeypatch.setattr(fused_head, "runs_fused", lambda *_: False)
+    monkeypatch.setattr(head_loss, "runs_fused", lambda *_: False)
     monkeypatch.setattr(expert_bank, "sampled_gradient", lambda *arguments: sampled_gradient_reference(*arguments[:4]))
 
 
@@ -311,7 +311,7 @@ def test_the_delta_of_device_tensors_is_the_one_trained(courses: Courses, tmp_pa
         assert torch.equal(values, to_host(bank.delta.detach()))
         assert bool((values != 0).any())
     for name, router in trainer.routers.items():
-        assert torch.equal(loaded.routers[name], to_host(router.weight.detach()))  # type: ignore[operator]
+        assert torch.equal(loaded.whole[name], to_host(router.weight.detach()))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -152,7 +152,7 @@ def test_all_tokens_at_one_expert_leave_the_others_without_gradient() -> None:
     hidden, ids, weights = inputs_of(layer, top_k=1)
     assert_equal_to_eager(layer, hidden, torch.full_like(ids, 3), weights)
     for bank in layer.banks:
-        own = slice(bank.expert_starts[3], bank.expert_starts[4])
+        own = slice(bank.part_starts[3], bank.part_starts[4])
         assert bank.delta.grad[own].abs().min() > 0
         bank.delta.grad[own] = 0
         assert torch.equal(bank.delta.grad, torch.zeros(300))
@@ -259,7 +259,7 @@ def test_captured_pairs_give_the_exact_dense_gradient_of_every_expert(family: st
     for bank, dense in zip(layer.banks, layer.dense_gradients(), strict=True):
         (pairs,) = bank.captured or []
         for e in range(bank.num_experts):
-            grad_output, inputs = pairs.expert(e)
+            grad_output, inputs = pairs.part(e)
             torch.testing.assert_close(grad_output.t() @ inputs, dense[e], **CLOSE)
         assert torch.equal(bank.delta_gradient(pairs, torch.float32), bank.delta.grad)
         for chosen in (torch.arange(len(bank.delta)) % 3 == 1, torch.arange(len(bank.delta)) < 0):
@@ -293,7 +293,7 @@ def test_pairs_survive_a_checkpoint(which: int) -> None:
     assert again.starts == pairs.starts
     assert all(torch.equal(value, pairs.tensors()[name]) for name, value in again.tensors().items())
     for e in range(4):
-        assert all(torch.equal(a, b) for a, b in zip(again.expert(e), pairs.expert(e), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(again.part(e), pairs.part(e), strict=True))
     assert (again.input_token is None) == (pairs.input_token is None)
     assert (again.output_scale is None) == (pairs.output_scale is None)
 
@@ -356,7 +356,7 @@ def test_active_indices_are_told_apart_by_expert_row_and_column(shape: tuple[int
     bank.set_active(active, torch.arange(len(active)).float())
     for e in range(shape[0]):
         own = [(i // shape[2] % shape[1], i % shape[2]) for i in active.tolist() if i // (shape[1] * shape[2]) == e]
-        span = slice(bank.expert_starts[e], bank.expert_starts[e + 1])
+        span = slice(bank.part_starts[e], bank.part_starts[e + 1])
         assert list(zip(bank.rows[span].tolist(), bank.columns[span].tolist(), strict=True)) == own
         assert bank.row_starts[e].tolist() == [sum(r < row for r, _ in own) for row in range(shape[1] + 1)]
 

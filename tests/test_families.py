@@ -252,8 +252,8 @@ def exported_as_stored(folder: Path, delta: Path, tmp_path: Path, record: Record
             expected[indices] = (base[indices] + values).to(torch.bfloat16).float()
             assert torch.equal(now, expected), name
             changed += int((now != base).sum())
-        elif name in result.routers:
-            assert torch.equal(new[name], result.routers[name].to(torch.bfloat16).float()), name
+        elif name in result.whole:
+            assert torch.equal(new[name], result.whole[name].to(torch.bfloat16).float()), name
         else:
             assert torch.equal(new[name], old[name]), name
     assert changed > 0

@@ -29,7 +29,7 @@ def everything(layer: Layer, *inputs: torch.Tensor) -> list[torch.Tensor]:
     values = [*with_gradients(layer.run_banked, *inputs), *(bank.delta.grad for bank in layer.banks)]
     captured = [pairs for bank in layer.banks for pairs in bank.captured or []]
     assert len(captured) == 2
-    return [*values, *(pairs.expert(e)[side] for pairs in captured for e in range(5) for side in (0, 1))]
+    return [*values, *(pairs.part(e)[side] for pairs in captured for e in range(5) for side in (0, 1))]
 
 
 @pytest.mark.parametrize(("gate", "bias"), KINDS)

@@ -41,8 +41,8 @@ from usaf.generation import (
     base_alone,
     generate,
     layers_on_device,
+    own_weights,
     read_ending,
-    router_weights,
 )
 from usaf.model import SparseModel
 from usaf.prompts import Prompt, encode_prompt, prompts_of_flags, read_prompts, with_system
@@ -108,14 +108,14 @@ def answer(model: SparseModel, new: int = 20, **changes: Any) -> Generated:
 def test_greedy_tokens_are_those_of_transformers_own_model(folder: Path) -> None:
     model = families.build(folder)
     without = answer(model).token_ids
-    own_routers = router_weights(model)
+    own = own_weights(model)
     tune(model)
     found = answer(model)
     assert found.token_ids == greedy(reference_of(folder, model), PROMPT, 20)
     assert len(found.token_ids) == 20
     assert found.stopped_by == MAX_NEW_TOKENS
     assert found.token_ids != without  # else the delta were not tested
-    with base_alone(model, own_routers):
+    with base_alone(model, own):
         assert answer(model).token_ids == without
     assert answer(model).token_ids == found.token_ids
 
@@ -142,7 +142,7 @@ def test_a_device_gives_the_tokens_of_the_cpu_and_the_host_keeps_its_own(folder:
         model = families.build(folder, directml_backend(device))
         for layer in (2, 3):
             model.place(layer, device)
-        own_routers = router_weights(model)
+        untuned = own_weights(model)
         without = {name: id(tensor) for name, tensor in tensors_of(model).items()}
         tune(model, start=2)
         own = {name: id(tensor) for name, tensor in tensors_of(model).items()}
@@ -151,7 +151,7 @@ def test_a_device_gives_the_tokens_of_the_cpu_and_the_host_keeps_its_own(folder:
             assert {p.device.type for p in model.model.parameters()} == {device.type}
             found = answer(model, 8)
             assert found.token_ids == answer(expected, 8).token_ids
-            with base_alone(model, own_routers):
+            with base_alone(model, untuned):
                 assert answer(model, 8).token_ids == answer(families.build(folder), 8).token_ids != found.token_ids
         assert {name: id(tensor) for name, tensor in tensors_of(model).items()} == own
         assert {p.device.type for p in model.layers[0].parameters()} == {"cpu"}

@@ -29,10 +29,10 @@ from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.importance import (
     Importance,
     active_count,
-    expert_gradient,
     experts_are_only_added,
     find_important,
     grow_candidates,
+    part_gradient,
     sample_chunks,
     score_bank,
 )
@@ -165,7 +165,7 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> dict[int, Tensor]:
     seen: dict[int, Tensor] = {}
 
     def recording(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
-        seen[id(bank)] = torch.stack([expert_gradient(bank, pairs, e, torch.float64) for e in range(bank.num_experts)])
+        seen[id(bank)] = torch.stack([part_gradient(bank, pairs, e, torch.float64) for e in range(bank.num_experts)])
         return score_bank(bank, pairs, k)
 
     monkeypatch.setattr(importance, "score_bank", recording)
@@ -412,7 +412,7 @@ def test_grow_candidates(shared: str) -> None:
     made = [random_pairs(bank, 9, seed, shared) for seed in range(3)]
     backwards, dense = [pairs for pairs, _ in made], sum((d for _, d in made), torch.zeros(4, 6, 10).double())
     for e in range(4):
-        torch.testing.assert_close(expert_gradient(bank, backwards, e, torch.float64), dense[e], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(part_gradient(bank, backwards, e, torch.float64), dense[e], rtol=1e-5, atol=1e-5)
     scores = dense.reshape(-1).abs()
     top = torch.sort(scores, descending=True, stable=True).indices
     kept = torch.sort(top[[0, 1, 4, 17, 100]]).values
@@ -428,11 +428,11 @@ def test_grow_candidates(shared: str) -> None:
 def test_expert_without_tokens_has_no_gradient() -> None:
     bank = bank_of(4, 6, 10)
     backwards = [random_pairs(bank, 9, 0, "inputs")[0]]
-    gradient = expert_gradient(bank, backwards, 3)
+    gradient = part_gradient(bank, backwards, 3)
     assert gradient.shape == (6, 10)
     assert gradient.dtype == torch.float32
     assert not gradient.any()
-    assert expert_gradient(bank, [], 0).shape == (6, 10)
+    assert part_gradient(bank, [], 0).shape == (6, 10)
 
 
 # -- memory and work ---------------------------------------------------------------------------------------------------

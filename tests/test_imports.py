@@ -18,15 +18,22 @@ ROWS = [
     # level 0
     {"settings", "quantization", "optimizer", "files", "tensor_file", "memory", "console", "workers", "read_ahead"},
     {"devices", "kernels", "source_formats", "source_folder", "partial", "workspace"},  # level 1
-    {"expert_bank", "selection", "linear", "samples", "demo"},  # level 2, in some rows: samples below data,
-    {"fused_experts", "fused_head"},  # fast paths of experts and head
+    {"sparse_weights", "selection", "linear", "samples", "demo"},  # level 2, in some rows: samples below data,
+    {"expert_bank", "sparse_head"},  # what trains sparsely
+    {"fused_experts", "head_loss"},  # fast paths of experts and head
     {"experts"},
     {"adapters"},  # rewrite families into what experts.py serves,
     {"skeleton", "architecture", "weight_plan"},  # what a family's code says of itself,
     {"checkpoint", "data", "prompts"},  # and the checkpoint's reader knows what an experts module is,
     {"expert_store", "delta"},  # and the store of quantised experts is filled from a checkpoint
     {"model", "merge"},  # level 3
-    {"loss", "packing", "prefix", "generation"},  # level 4, in two rows: both serve importance and evaluation
+    {
+        "loss",
+        "packing",
+        "prefix",
+        "generation",
+        "trained_parts",
+    },  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run", "model_shape"},
     {"trainer", "budget"},  # level 5
     {"memory_limit"},

@@ -537,8 +537,8 @@ def test_no_step_holds_more_than_one_dense_expert(family: str, capture: bool, tm
     bank = model.moe[0].banks[0]
     with LargestFloat() as largest:
         training_step(model, batch=batch)
-    assert bank.numel == 16 * bank.expert_size
-    assert largest.elements <= bank.expert_size, largest.operator
+    assert bank.numel == 16 * bank.part_size
+    assert largest.elements <= bank.part_size, largest.operator
     assert all(bool(bank.captured) == capture for moe in model.moe for bank in moe.banks)
 
 

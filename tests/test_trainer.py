@@ -27,6 +27,8 @@ from usaf.prefix import BoundaryStates
 from usaf.run import RunFolder, SavedState, load_checkpoint
 from usaf.selection import drop_fraction_at
 from usaf.settings import Settings
+from usaf.sparse_head import SparseHead
+from usaf.trained_parts import open_head, open_norms
 from usaf.trainer import ReselectResult, StepResult, Trainer
 
 START = 1  # of three layers
@@ -42,6 +44,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(folder: Path) -> SparseModel:
     return families.build(folder)
+
+
+@pytest.fixture(params=["experts", "head and norms", "shared head"])
+def parts(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint by what is to train of it: experts and routers alone; head and norms too, the head its own tensor
+    or the embeddings'."""
+    if request.param != "shared head":
+        return folder
+    return families.write_checkpoint(
+        tmp_path_factory.mktemp("tied"), "qwen3_moe", num_hidden_layers=3, tie_word_embeddings=True
+    )
+
+
+@pytest.fixture
+def opened(request: pytest.FixtureRequest, parts: Path) -> SparseModel:
+    model = families.build(parts)
+    if request.node.callspec.params["parts"] != "experts":
+        assert open_head(model)
+        open_norms(model, START)
+    return model
 
 
 def learnable_rows(samples: int = 16) -> Rows:
@@ -110,7 +132,9 @@ class DenseReference:
         self.base = {name: self.model.get_parameter(name).detach().clone() for name in trainer.banks}
         self.model.requires_grad_(False)
         self.experts = {name: self.model.get_parameter(name).requires_grad_() for name in trainer.banks}
-        self.routers = {name: self.model.get_parameter(name).requires_grad_() for name in trainer.router_weights}
+        self.whole = {name: self.model.get_parameter(name).requires_grad_() for name in trainer.whole()}
+        self.routers = {name: weight for name, weight in self.whole.items() if name in trainer.routers}
+        self.norms = {name: weight for name, weight in self.whole.items() if name not in trainer.routers}
 
     @torch.no_grad()
     def set_deltas(self, active: dict[str, Tensor], deltas: dict[str, Tensor]) -> None:
@@ -124,8 +148,8 @@ class DenseReference:
             {n: b.active for n, b in self.trainer.banks.items()},
             {n: b.delta.detach() for n, b in self.trainer.banks.items()},
         )
-        for name, parameter in self.routers.items():
-            parameter.data.copy_(self.trainer.router_weights[name].detach())
+        for name, parameter in self.whole.items():
+            parameter.data.copy_(self.trainer.whole()[name].detach())
 
     def backward(self, step: int) -> float:
         """The mean loss over all targets of a step's sequences, one sequence at a time; leaves dense gradients."""
@@ -158,14 +182,16 @@ class DenseReference:
     {"grad_clip": 0.05, "accum": 2, "microbatch": 1},
     {"router_lr": 0.0},
 ], ids=["plain", "clip-decay", "accum", "router-frozen"])  # fmt: skip
-def test_steps_equal_the_dense_reference(folder: Path, model: SparseModel, settings: dict[str, Any]) -> None:
-    trainer = make_trainer(model, **settings)
-    reference = DenseReference(folder, trainer)
+def test_steps_equal_the_dense_reference(parts: Path, opened: SparseModel, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(opened, **settings)
+    reference = DenseReference(parts, trainer)
+    assert len(reference.norms) == (0 if opened.head is None else 2 * 4 + 1)  # qwen's layers have four, and the last
     active = {name: bank.active.clone() for name, bank in trainer.banks.items()}
     deltas = {name: nn.Parameter(torch.zeros(len(indices))) for name, indices in active.items()}
     values = trainer.settings
     optimizer = torch.optim.AdamW(
         [{"params": list(deltas.values()), "weight_decay": values.weight_decay},
+         {"params": list(reference.norms.values()) or [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0},
          {"params": list(reference.routers.values()) or [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}],
         betas=BETAS, eps=1e-8,
     )  # fmt: skip
@@ -174,8 +200,8 @@ def test_steps_equal_the_dense_reference(folder: Path, model: SparseModel, setti
         expected_loss = reference.backward(step)
         for name, delta in deltas.items():
             delta.grad = reference.gradient(name)[active[name]]
-        norm = nn.utils.clip_grad_norm_([*deltas.values(), *reference.routers.values()], values.grad_clip)
-        for group, peak in zip(optimizer.param_groups, (values.lr_peak, values.router_lr), strict=True):
+        norm = nn.utils.clip_grad_norm_([*deltas.values(), *reference.whole.values()], values.grad_clip)
+        for group, peak in zip(optimizer.param_groups, (values.lr_peak, values.lr_peak, values.router_lr), strict=True):
             group["lr"] = learning_rate_at(step, trainer.steps, peak, values.warmup, values.lr_floor)
         optimizer.step()
         result = trainer.train_step()
@@ -186,10 +212,10 @@ def test_steps_equal_the_dense_reference(folder: Path, model: SparseModel, setti
         # Adam divides by sqrt(v): where a gradient is nothing but rounding its sign is anybody's
         assert float((off > 1e-2 * values.lr_peak).float().mean()) < 0.002, (name, float(off.max()))
         assert float(bank.delta.detach().abs().max()) > values.lr_peak
-    for name, weight in trainer.router_weights.items():
-        off = (weight.detach() - reference.routers[name].detach()).abs()
-        assert float((off > 1e-4).float().mean()) < 0.005, (name, float(off.max()))
-    assert bool(trainer.router_weights) == (values.router_lr > 0)
+    for name, weight in trainer.whole().items():
+        off = (weight.detach() - reference.whole[name].detach()).abs()
+        assert float((off > 1e-4).float().mean()) < (0.005 if name in trainer.routers else 0.05), (name, off.max())
+    assert bool(trainer.routers) == (values.router_lr > 0)
 
 
 def test_the_loss_falls(model: SparseModel) -> None:
@@ -241,16 +267,17 @@ def test_a_frozen_router_stays_and_is_not_in_the_delta(model: SparseModel) -> No
         assert moe.router_weight.grad is None
     assert {step.router_learning_rate for step, _ in results} == {0.0}
     delta = trainer.delta({})
-    assert delta.routers == {}
-    assert delta.experts.keys() == trainer.banks.keys()
+    assert delta.whole == {}
+    assert delta.sparse.keys() == trainer.banks.keys()
 
 
-def test_the_delta_holds_what_trained(model: SparseModel) -> None:
-    trainer = make_trainer(model)
+def test_the_delta_holds_what_trained(opened: SparseModel) -> None:
+    model, trainer = opened, make_trainer(opened)
     advance(trainer, 2)
     delta = trainer.delta({"step": 2})
-    assert delta.routers.keys() == {moe.router_name for moe in model.moe if moe.layer >= START}
-    for name, (indices, values) in delta.experts.items():
+    assert delta.whole.keys() == {moe.router_name for moe in model.moe if moe.layer >= START} | model.norms.keys()
+    assert ("lm_head.weight" in delta.sparse) == (model.head is not None)
+    for name, (indices, values) in delta.sparse.items():
         assert torch.equal(indices, trainer.banks[name].active)
         assert torch.equal(values, trainer.banks[name].delta)
     assert (delta.base_fingerprint, delta.about) == (model.base_fingerprint, {"step": 2})
@@ -334,17 +361,17 @@ def adam_entries(trainer: Trainer, name: str) -> dict[int, tuple[float, ...]]:
     {"grad_clip": 100.0},
     {"grad_clip": 0.2, "accum": 2, "microbatch": 1},
 ], ids=["plain", "clipped, two micro-batches"])  # fmt: skip
-def test_reselection_by_brute_force(folder: Path, model: SparseModel, settings: dict[str, Any]) -> None:
+def test_reselection_by_brute_force(parts: Path, opened: SparseModel, settings: dict[str, Any]) -> None:
     """Against the dense gradients of the captured steps, clipped as their steps were, from transformers' own model."""
-    trainer = make_trainer(model, **RESELECTING, **settings)
-    reference = DenseReference(folder, trainer)
+    trainer = make_trainer(opened, **RESELECTING, **settings)
+    reference = DenseReference(parts, trainer)
     window: list[dict[str, Tensor]] = []
     scales = []
     for step in range(3):
         reference.follow()
         reference.backward(step)
         tracked = [reference.gradient(name)[bank.active] for name, bank in trainer.banks.items()]
-        tracked += [weight.grad.reshape(-1) for weight in reference.routers.values()]
+        tracked += [weight.grad.reshape(-1) for weight in reference.whole.values()]
         scales.append(min(1.0, trainer.settings.grad_clip / (float(torch.cat(tracked).norm()) + 1e-6)))
         if step >= 1:  # CAPTURE_STEPS=2: steps 2 and 3
             window.append({name: reference.gradient(name).clone() * scales[-1] for name in trainer.banks})
@@ -374,7 +401,7 @@ def test_reselection_by_brute_force(folder: Path, model: SparseModel, settings: 
         # The count-th place goes to the larger one even where two gradients differ by rounding alone, so the sets
         # may differ there, and nowhere else.
         for index in grown ^ set(score.topk(count).indices.tolist()):
-            assert float(score[index]) == pytest.approx(threshold, rel=1e-4)
+            assert float(score[index]) == pytest.approx(threshold, rel=1e-4), name
         assert all(after[i] == before[name][i] for i in kept), "kept weights: delta, moments and age to the bit"
         for i in grown:
             delta, exp_avg, exp_avg_sq, age = after[i]
@@ -382,9 +409,10 @@ def test_reselection_by_brute_force(folder: Path, model: SparseModel, settings: 
             assert exp_avg == pytest.approx((1 - BETAS[0] ** 2) * float(mean[i]), rel=1e-3, abs=1e-9)
             assert exp_avg_sq == pytest.approx((1 - BETAS[1] ** 2) * float(square[i]), rel=2e-3, abs=1e-14)
         for i in dropped | grown:
-            e, within = divmod(i, bank.expert_size)
+            e, within = divmod(i, bank.part_size)
             base = bank.base_weight(e, torch.float32).reshape(-1)[within]
-            assert torch.equal(bank.weight(e, torch.float32).reshape(-1)[within], base), "not at its base value"
+            now = bank.block(e, torch.float32) if isinstance(bank, SparseHead) else bank.weight(e, torch.float32)
+            assert torch.equal(now.reshape(-1)[within], base), "not at its base value"
     assert result == ReselectResult(3, trainer.active_parameters(), exchanged, exchanged)
     assert result.turnover == exchanged / trainer.active_parameters()
     assert exchanged > 0
@@ -461,7 +489,7 @@ def test_an_overflow_that_no_active_weight_sees_is_found(model: SparseModel, mon
     """Captured gradients hold all experts' pairs; the norm only the active weights'."""
     trainer = make_trainer(model, router_lr=0.0, **RESELECTING)
     for bank in trainer.banks.values():  # one active expert a bank
-        active = bank.active[: bank.expert_starts[1]]
+        active = bank.active[: bank.part_starts[1]]
         bank.set_active(active, torch.zeros(len(active)))
     trainer.activate({name: bank.active for name, bank in trainer.banks.items()})
     lowest = trainer.trained[0].banks[0]  # nothing below it takes its gradients any further

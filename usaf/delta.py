@@ -1,9 +1,10 @@
-"""The trained result as a file: which weights, by how much, and the router; nothing else.
+"""The trained result as a file: which weights, by how much, and what trained whole; nothing else.
 
 `delta.safetensors` holds `<parameter>.indices` (flat, sorted; int32 where they fit) and `<parameter>.values` (fp32)
-for each fused expert parameter, and every trained router weight whole in fp32. A weight that was dropped on the way is
-not in it: it is at its base value, in memory and here alike. The metadata carries the fingerprint of the base (a delta
-fits one base only) and every choice that a measurement made, so that another process computes the same bits.
+for each fused expert parameter and for the head, and every trained router and norm whole in fp32. A weight that was
+dropped on the way is not in it: it is at its base value, in memory and here alike. The metadata carries the fingerprint
+of the base (a delta fits one base only) and every choice that a measurement made, so that another process computes the
+same bits.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ INT32_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Delta:
-    """experts: parameter name -> (int64 sorted flat indices, fp32 values); routers: parameter name -> fp32 weight."""
+    """sparse: parameter name -> (int64 sorted flat indices, fp32 values), of experts and the head; whole: parameter
+    name -> fp32 weight, of routers and norms."""
 
-    experts: dict[str, tuple[Tensor, Tensor]]
-    routers: dict[str, Tensor]
+    sparse: dict[str, tuple[Tensor, Tensor]]
+    whole: dict[str, Tensor]
     base_fingerprint: str
-    about: dict[str, Any]  # expert_shapes, decisions, step, train_from, ...
+    about: dict[str, Any]  # shapes, decisions, step, train_from, ...
 
 
 def save_delta(path: Path, delta: Delta) -> int:
     """Write the file, whole or not at all; returns its size in bytes."""
     tensors: dict[str, Tensor] = {}
-    for name, (indices, values) in delta.experts.items():
+    for name, (indices, values) in delta.sparse.items():
         small = len(indices) == 0 or int(indices[-1]) < INT32_LIMIT
         tensors[f"{name}.indices"] = indices.to(torch.int32) if small else indices
         tensors[f"{name}.values"] = values
-    tensors.update(delta.routers)
+    tensors.update(delta.whole)
     metadata = {"format": FORMAT, "base_fingerprint": delta.base_fingerprint, "about": json.dumps(delta.about)}
     with replacing(path) as file:
         writer = TensorFileWriter(file, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, metadata)
@@ -63,9 +65,9 @@ def load_delta(path: Path) -> Delta:
     if fault is not None:
         raise UserError(f"{path}: {fault}; the file is damaged, copy it again, or run again")
     names = [name.removesuffix(".indices") for name in tensors if name.endswith(".indices")]
-    experts = {n: (tensors[f"{n}.indices"].to(torch.int64), tensors[f"{n}.values"]) for n in names}
-    routers = {n: t for n, t in tensors.items() if not n.endswith((".indices", ".values"))}
-    return Delta(experts, routers, metadata["base_fingerprint"], json.loads(metadata["about"]))
+    sparse = {n: (tensors[f"{n}.indices"].to(torch.int64), tensors[f"{n}.values"]) for n in names}
+    whole = {n: t for n, t in tensors.items() if not n.endswith((".indices", ".values"))}
+    return Delta(sparse, whole, metadata["base_fingerprint"], json.loads(metadata["about"]))
 
 
 def find_fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
@@ -92,12 +94,14 @@ def find_fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | No
 
 
 def experts_moved(delta: Delta, numel_per_expert: dict[str, int]) -> dict[str, int]:
-    """Experts module name -> how many of its experts have at least one weight off its base value.
+    """Experts module name -> how many of its experts have at least one weight off its base value; other tensors of the
+    delta are left out.
 
     numel_per_expert: parameter name -> weights of one expert in it.
     """
     moved: dict[str, set[int]] = {}
-    for name, (indices, values) in delta.experts.items():
-        changed = torch.div(indices[values != 0], numel_per_expert[name], rounding_mode="floor")
+    for name, size in numel_per_expert.items():
+        indices, values = delta.sparse[name]
+        changed = torch.div(indices[values != 0], size, rounding_mode="floor")
         moved.setdefault(name.rpartition(".")[0], set()).update(changed.unique().tolist())
     return {name: len(experts) for name, experts in moved.items()}

@@ -36,7 +36,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "is exactly what was trained",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto",
-                        help="type of written experts and routers (default auto: the checkpoint's own)")  # fmt: skip
+                        help="type of what is written anew (default auto: the checkpoint's own)")  # fmt: skip
     parser.add_argument("--no-evaluate", action="store_true", help="skip the perplexities of what was exported")
     add_json_flag(parser)
     return parser.parse_args(argv)
@@ -148,8 +148,13 @@ def evaluate_merged(session: Session, weights: Merge | StoredWeights, folder: Pa
         for name, bank in zip(moe.names, moe.banks, strict=True):
             bank.set_active(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
             bank.resident = ReadExperts(lambda e, name=name: weights.expert(name, e), bank.device)  # type: ignore
-        if moe.router_name in weights.trained_routers:
-            moe.router_weight.data.copy_(weights.router(moe.router_name))
+    for name, parameter in session.model.whole_weights(0, routers=True).items():
+        if name in weights.trained_whole:
+            parameter.data.copy_(weights.whole(name))
+    head = session.model.head
+    if head is not None:
+        head.set_active(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+        head.weight = torch.nn.Parameter(weights.merged_head().to(head.device), requires_grad=False)
     # States of another function than the run's: in a cache of their own, for as long as this takes.
     with tempfile.TemporaryDirectory(prefix=".usaf-", dir=folder) as cache:
         session.settings = session.settings.replace("export", prefix_cache_dir=cache, use_frozen_cache=True)

@@ -41,12 +41,12 @@ class ExpertLayer:
         """The experts that each worker takes: by their tokens, and by what decoding costs whatever the tokens."""
         used = list(routing.used())
         sizes = [DECODING_COSTS_TOKENS + end - first for _, first, end in used]
-        weights = self.up.expert_size + self.down.expert_size
+        weights = self.up.part_size + self.down.part_size
         taken = shares(sizes, number_of_workers(weights * sum(sizes), len(used)))
         return [[used[i][0] for i in parts] for parts in taken]
 
     def buffer(self) -> Tensor:
-        return torch.empty(max(self.up.expert_size, self.down.expert_size))
+        return torch.empty(max(self.up.part_size, self.down.part_size))
 
 
 DECODING_COSTS_TOKENS = 10
@@ -210,6 +210,6 @@ class Backward:
 
     @staticmethod
     def _sampled(gradient: Tensor, bank: ExpertBank, e: int, grad_output: Tensor, inputs: Tensor) -> None:
-        first, end = bank.expert_starts[e], bank.expert_starts[e + 1]
+        first, end = bank.part_starts[e], bank.part_starts[e + 1]
         if first < end:
             gradient[first:end] = bank.sampled(e, grad_output, inputs)

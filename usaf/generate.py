@@ -1,7 +1,7 @@
 """`python -m usaf.generate --delta runs/x/delta.safetensors --prompt "..."`: what a saved result writes.
 
 It runs on the 4-bit base plus delta, without an export; no data are read. Without --compare, text appears as it comes.
-With it every prompt is answered twice, by the base (the 4-bit experts with the checkpoint's own routers) and by the
+With it every prompt is answered twice, by the base (the 4-bit experts with all else as in the checkpoint) and by the
 tuned model, from the same seed.
 """
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate_command(arguments: argparse.Namespace) -> int:
     from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
-    from usaf.generation import router_weights
+    from usaf.generation import own_weights
     from usaf.prompts import prompts_of_flags
     from usaf.session import apply_delta, load, prepare_model
 
@@ -120,10 +120,10 @@ def generate_command(arguments: argparse.Namespace) -> int:
     encoded = encode_all(prompts, tokenizer, arguments, session)
     answer = answers(session, tokenizer, arguments)
     load(session)
-    own_routers = router_weights(session.model) if arguments.compare else None
+    own = own_weights(session.model) if arguments.compare else None
     if delta is not None and not arguments.base:
         apply_delta(session, delta, arguments.delta)
-    figures = answer_all(session, encoded, answer, own_routers)
+    figures = answer_all(session, encoded, answer, own)
     if arguments.json is not None:
         write_json(arguments.json, {
             "delta": None if arguments.delta is None else str(arguments.delta), "base_only": arguments.base,
@@ -214,9 +214,9 @@ def answers(session: ModelSession, tokenizer: PreTrainedTokenizerBase, arguments
 
 def answer_all(
     session: ModelSession, encoded: Sequence[tuple[Prompt, list[int]]], answer: Answer,
-    own_routers: dict[str, Tensor] | None,
+    own: dict[str, Tensor] | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Answers every prompt and shows it; with the checkpoint's own routers, the base's answer beside it.
+    """Answers every prompt and shows it; with the checkpoint's own routers and norms, the base's answer beside it.
 
     Returns:
         The figures of each prompt.
@@ -229,8 +229,8 @@ def answer_all(
             if len(encoded) > 1:
                 say(f"{'' if number == 0 else chr(10)}[{number + 1} of {len(encoded)}] {heading(prompt)}")
             base = None
-            if own_routers is not None:
-                with base_alone(session.model, own_routers):
+            if own is not None:
+                with base_alone(session.model, own):
                     base = answer(prompt_ids, number, False)
             found = answer(prompt_ids, number, base is None)
             show(found, base)

@@ -163,22 +163,23 @@ def generate(
 # ---- base and tuned -------------------------------------------------------------------------------------------------
 
 
-def router_weights(model: SparseModel) -> dict[str, Tensor]:
-    """Copies, for `base_alone`: to be taken before a delta is applied."""
-    return {moe.router_name: moe.router_weight.detach().clone() for moe in model.moe}
+def own_weights(model: SparseModel) -> dict[str, Tensor]:
+    """Copies of routers and norms, for `base_alone`: to be taken before a delta is applied."""
+    return {name: weight.detach().clone() for name, weight in model.whole_weights(0, routers=True).items()}
 
 
 @contextmanager
-def base_alone(model: SparseModel, own_routers: dict[str, Tensor]) -> Iterator[None]:
-    """For as long as it lasts the model is its 4-bit base with the checkpoint's own routers, whatever was applied."""
+def base_alone(model: SparseModel, own: dict[str, Tensor]) -> Iterator[None]:
+    """For as long as it lasts the model is its 4-bit base with the checkpoint's own routers and norms, whatever was
+    applied."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for moe in model.moe:
-        replaced.append((moe.router, "weight", moe.router_weight))
-        own = own_routers[moe.router_name].to(moe.router_weight.device)  # a frozen layer has moved since
-        moe.router.weight = nn.Parameter(own, requires_grad=False)
-        for bank in moe.banks:
-            replaced.append((bank, "delta", bank.delta))
-            bank.delta = nn.Parameter(torch.zeros_like(bank.delta), requires_grad=False)
+    for name, weight in own.items():
+        module: Any = model.model.get_submodule(name.rpartition(".")[0])
+        replaced.append((module, "weight", module.weight))
+        module.weight = nn.Parameter(weight.to(module.weight.device), requires_grad=False)  # a frozen layer has moved
+    for sparse in model.sparse_weights(0).values():
+        replaced.append((sparse, "delta", sparse.delta))
+        sparse.delta = nn.Parameter(torch.zeros_like(sparse.delta), requires_grad=False)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ Source: |mean gradient| as the score, SPEFT (arXiv 2412.13488).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import MoeLayer, SparseModel
 from usaf.prefix import BoundaryStates
 from usaf.selection import RunningTopK, overlap
+from usaf.sparse_head import HeadGradients
+from usaf.sparse_weights import Factors, SparseWeights
 from usaf.workers import number_of_workers, run_shares, shares
 from usaf.workspace import PRIVATE, Memory, Workspace
 
@@ -56,25 +58,40 @@ def active_count(numel: int, fraction: float) -> int:
     return max(1, int(numel * fraction))
 
 
-def active_counts(up: int, down: int, fraction: float, projections: str) -> tuple[int, int]:
+def active_counts(up: int, down: int, fraction: float, projections: str, to_head: float = 0.0) -> tuple[int, int]:
     """Weights of a layer's two fused expert tensors that train; up, down: how many they have.
 
     projections: "all", the same share of each; "down", as many in all, of the second one alone as far as it has them.
+    to_head: the share of these that the head has instead (`head_share`).
     """
     both = active_count(up, fraction), active_count(down, fraction)
     if projections == "all":
-        return both
+        return both[0] - int(to_head * both[0]), both[1] - int(to_head * both[1])
     assert projections == "down", projections
-    of_down = min(sum(both), down)
-    return sum(both) - of_down, of_down
+    left = sum(both) - int(to_head * sum(both))
+    of_down = min(left, down)
+    return left - of_down, of_down
 
 
-def counts_by_name(moes: Sequence[MoeLayer], fraction: float, projections: str) -> dict[str, int]:
-    """Fused tensor -> how many of its weights train."""
+def head_share(head: int, layers: Sequence[tuple[int, int]], projections: str) -> float:
+    """The head's part of all that trains: as it is of the tensors that do. head: its weights, 0 where it is frozen;
+    layers: those of each layer's two fused expert tensors."""
+    experts = sum(up + down if projections == "all" else down for up, down in layers)
+    return head / (head + experts)
+
+
+def counts_by_name(model: SparseModel, start: int, fraction: float, projections: str) -> dict[str, int]:
+    """Fused tensor, or the head -> how many of its weights train: as many in all as without the head."""
+    moes = model.moe_from(start)
+    layers = [(moe.banks[0].numel, moe.banks[1].numel) for moe in moes]
+    to_head = head_share(model.head.numel if model.head is not None else 0, layers, projections)
     counts: dict[str, int] = {}
-    for moe in moes:
-        up, down = (bank.numel for bank in moe.banks)
-        counts |= zip(moe.names, active_counts(up, down, fraction, projections), strict=True)
+    in_all = 0
+    for moe, (up, down) in zip(moes, layers, strict=True):
+        in_all += sum(active_counts(up, down, fraction, projections))
+        counts |= zip(moe.names, active_counts(up, down, fraction, projections, to_head), strict=True)
+    if model.head is not None:
+        counts[model.head_name] = min(in_all - sum(counts.values()), model.head.numel)
     return counts
 
 
@@ -107,7 +124,9 @@ def find_important(
     segments = model.handover.segments(states.start, model.num_layers)
     inputs = _forward(model, batches, entering, segments[:-1], memory, progress)
     gradients: list[Tensor] = []  # of the loss, at what leaves the segment, by chunk
-    head = _Head(model, head_chunk_tokens, 1.0 / max(1, sum(count_targets(batch) for batch in batches)))
+    scale = 1.0 / max(1, sum(count_targets(batch) for batch in batches))
+    head = _Head(model, head_chunk_tokens, scale, memory)
+    counts = counts_by_name(model, states.start, fraction, projections)
     active: dict[str, Tensor] = {}
     overlaps: list[float] = []
     unused: dict[type, bool] = {}
@@ -115,20 +134,24 @@ def find_important(
         moes = [moe for moe in model.moe if moe.layer in range(*segment)]
         needs_input_gradient = segment[0] > states.start
         above = None if gradients else head
-        counts = counts_by_name(moes, fraction, projections)
-        banks = {n: bank for moe in moes for n, bank in zip(moe.names, moe.banks, strict=True) if counts[n]}
+        own = {n: bank for moe in moes for n, bank in zip(moe.names, moe.banks, strict=True)}
+        banks = {n: bank for n, bank in own.items() if counts[n]}
         captured = _backward(
             model, batches, segment, moes, list(banks.values()), inputs.pop(), gradients, above, needs_input_gradient,
             unused, memory, progress,
         )  # fmt: skip
-        for name, count in counts.items():
-            if not count:
+        for name in own:
+            if name not in banks:
                 active[name] = torch.zeros(0, dtype=torch.int64)
                 continue
             pairs = captured.pop(0)
-            active[name], halves = score_bank(banks[name], pairs, count)
+            active[name], halves = score_bank(banks[name], pairs, counts[name])
             overlaps.append(overlap(*halves))
             del pairs  # a layer's pairs are gone before the next layer's are captured
+        if above is not None and model.head is not None:
+            active[model.head_name], halves = score_bank(model.head, head.captured, counts[model.head_name])
+            overlaps.append(overlap(*halves))
+            head.captured.clear()
     half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
     return Importance(active, half_overlap, len(samples))
 
@@ -156,17 +179,27 @@ def _forward(
 
 @dataclass(frozen=True)
 class _Head:
-    """Final norm, head and loss. scale: 1 / the targets of all samples, for the gradient of the mean loss."""
+    """Final norm, head and loss. scale: 1 / the targets of all samples, for the gradient of the mean loss; captured:
+    of each chunk what the gradients of a head that trains need."""
 
     model: SparseModel
     chunk_tokens: int
     scale: float
+    memory: Memory
+    captured: list[HeadGradients] = field(default_factory=list)
 
     def gradient(self, batch: Batch, hidden: Tensor) -> Tensor:
         """The gradient of the mean loss over all samples at what enters the final norm: [B, S, H]."""
+        head = self.model.head
+        if head is not None:
+            head.captured = []
         h = hidden.detach().requires_grad_()
         normed = self.model.run_layers(batch, self.model.num_layers, self.model.num_layers, h)
         _, gradient = loss_and_gradient(self.model, normed, batch, self.chunk_tokens, self.scale)
+        if head is not None:
+            if head.captured:
+                self.captured.append(HeadGradients.joined(head.captured).kept(self.memory))
+            head.captured = None
         return torch.autograd.grad(normed, h, gradient)[0]
 
 
@@ -245,58 +278,65 @@ def experts_are_only_added(out: Tensor) -> bool:
     return bool(carriers) and all(name in VALUES_UNUSED for name in ways)
 
 
-def _expert_pairs(pairs: Sequence[PairGradients], e: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """(dY [n, out], X [n, in]) of expert e over several backwards, or None where it got no token."""
-    used = [p.expert(e, dtype) for p in pairs if p.starts[e] < p.starts[e + 1]]
-    if not used:
-        return None
-    return torch.cat([dy for dy, _ in used]), torch.cat([x for _, x in used])
+ROWS_AT_ONCE = 1024
+"""Rows of a part that are multiplied at a time: several backwards of an expert with few tokens each go together, and
+those of the head, which all tokens meet, do not."""
 
 
-def expert_gradient(
-    bank: ExpertBank, pairs: Sequence[PairGradients], e: int, dtype: torch.dtype = torch.float32
+def part_gradient(
+    weights: SparseWeights[Any], backwards: Sequence[Factors], p: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The exact dense gradient [out, in] of expert e over all given backwards."""
-    found = _expert_pairs(pairs, e, dtype)
-    if found is None:
-        return torch.zeros(bank.out_features, bank.in_features, dtype=dtype, device=bank.device)
-    return found[0].t() @ found[1]
+    """The exact dense gradient [out, in] of part p over all given backwards."""
+    total: Tensor | None = None
+    waiting: list[tuple[Tensor, Tensor]] = []
+    used = [b for b in backwards if b.starts[p] < b.starts[p + 1]]
+    for i, backward in enumerate(used):
+        waiting.append(backward.part(p, dtype))
+        if sum(len(x) for _, x in waiting) >= ROWS_AT_ONCE or i == len(used) - 1:
+            dy, x = (torch.cat(both) if len(both) > 1 else both[0] for both in zip(*waiting, strict=True))
+            total = dy.t() @ x if total is None else total.addmm_(dy.t(), x)
+            waiting = []
+    if total is None:
+        return torch.zeros(weights.part_rows, weights.part_columns, dtype=dtype, device=weights.device)
+    return total
 
 
-def score_bank(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def score_bank(
+    bank: SparseWeights[Any], pairs: Sequence[Factors], k: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """(the k best flat indices, the k best by the even and by the odd entries alone); int64, sorted.
 
-    `pairs`: one entry for each backward. One expert at a time is dense on each core.
+    `pairs`: one entry for each backward. One part at a time is dense on each core.
     """
     whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
 
     def score(e: int) -> None:
-        first = e * bank.expert_size
-        gradient_even = expert_gradient(bank, pairs[0::2], e)
-        gradient_odd = expert_gradient(bank, pairs[1::2], e)
+        first = e * bank.part_size
+        gradient_even = part_gradient(bank, pairs[0::2], e)
+        gradient_odd = part_gradient(bank, pairs[1::2], e)
         even.update(gradient_even.reshape(-1), first)
         odd.update(gradient_odd.reshape(-1), first)
         whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
 
-    _for_each_expert(bank, pairs, score)
+    _for_each_part(bank, pairs, score)
     return whole.indices(), (even.indices(), odd.indices())
 
 
-def grow_candidates(bank: ExpertBank, pairs: Sequence[PairGradients], kept: Tensor, count: int) -> Tensor:
+def grow_candidates(bank: SparseWeights[Any], pairs: Sequence[Factors], kept: Tensor, count: int) -> Tensor:
     """The `count` flat indices outside `kept` (sorted) with the largest gradient over the captured backwards."""
     best = RunningTopK(count)
 
     def offer(e: int) -> None:
-        best.update(expert_gradient(bank, pairs, e).reshape(-1), e * bank.expert_size, exclude=kept)
+        best.update(part_gradient(bank, pairs, e).reshape(-1), e * bank.part_size, exclude=kept)
 
-    _for_each_expert(bank, pairs, offer)
+    _for_each_part(bank, pairs, offer)
     return best.indices()
 
 
-def _for_each_expert(bank: ExpertBank, pairs: Sequence[PairGradients], work: Callable[[int], None]) -> None:
-    """`work(e)` for every expert, on the CPU by several threads (`workers`)."""
-    tokens = [sum(p.starts[e + 1] - p.starts[e] for p in pairs) for e in range(bank.num_experts)]
-    workers = number_of_workers(sum(tokens) * bank.expert_size, len(tokens)) if bank.device.type == "cpu" else 1
+def _for_each_part(bank: SparseWeights[Any], pairs: Sequence[Factors], work: Callable[[int], None]) -> None:
+    """`work(p)` for every part, on the CPU by several threads (`workers`)."""
+    tokens = [sum(p.starts[e + 1] - p.starts[e] for p in pairs) for e in range(bank.num_parts)]
+    workers = number_of_workers(sum(tokens) * bank.part_size, len(tokens)) if bank.device.type == "cpu" else 1
 
     @torch.no_grad()
     def share(experts: list[int]) -> None:

@@ -289,8 +289,8 @@ class Job:
             f"python -m usaf.evaluate --delta {summary['delta_path']}")  # fmt: skip
 
     def delta_about(self, trainer: Trainer) -> dict[str, Any]:
-        shapes = {name: list(bank.base.shape) for name, bank in trainer.banks.items()}
-        return {"expert_shapes": shapes, "step": trainer.step, "decisions": self.session.decisions,
+        shapes = {name: list(weights.shape) for name, weights in trainer.banks.items()}
+        return {"shapes": shapes, "step": trainer.step, "decisions": self.session.decisions,
                 "settings": self.session.settings.to_json(), "versions": versions()}  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The language-model loss in chunks of tokens: logits of a 151,936-wide vocabulary are never held for a whole batch.
 
-The head is frozen, so each chunk's logits, loss and input gradient are formed at once and only the gradient is kept.
-Positions without a target (padding, prompts, the last of a document) never reach the head. Where it is a plain linear
-layer on the CPU, `fused_head` computes the same without autograd.
+Each chunk's logits, loss and input gradient are formed at once and only the gradient is kept. Positions without a
+target (padding, prompts, the last of a document) never reach the head. Where it is a plain linear layer that trains, or
+one on the CPU, `head_loss` computes the same without autograd.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usaf import fused_head
+from usaf import head_loss
 from usaf.data import NO_TARGET, Batch, batch_loss_targets
 from usaf.linear import FrozenLinear
 from usaf.model import SparseModel
+from usaf.sparse_head import SparseHead
 
 
 def count_targets(batch: Batch) -> int:
@@ -47,19 +48,21 @@ def loss_sum(model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int
     sums = []
     for p, t in chunks:
         chunk, t = flat.index_select(0, p.to(device)), t.to(device)
-        sums.append(float(_chunk_loss(model, chunk, t)) if head is None else fused_head.loss_sum(head, chunk, t))
+        sums.append(float(_chunk_loss(model, chunk, t)) if head is None else head_loss.loss_sum(head, chunk, t))
     return math.fsum(sums), sum(len(targets) for _, targets in chunks)
 
 
-def fused(model: SparseModel, hidden: Tensor) -> FrozenLinear | None:
-    """The head, where its loss has a version of its own for this hidden state."""
-    return model.plain_head if fused_head.runs_fused(hidden) else None
+def fused(model: SparseModel, hidden: Tensor) -> FrozenLinear | SparseHead | None:
+    """The head, where `head_loss` is to compute its loss for this hidden state."""
+    if model.head is not None:
+        return model.head
+    return model.plain_head if head_loss.runs_fused(hidden) else None
 
 
 def loss_and_gradient(
     model: SparseModel, hidden: Tensor, batch: Batch, chunk_tokens: int, scale: float
 ) -> tuple[float, Tensor]:
-    """(summed negative log-likelihood, scale * its gradient at `hidden`).
+    """(summed negative log-likelihood, scale * its gradient at `hidden`); a head that trains receives its own.
 
     Args:
         hidden: [B, S, H] after the final norm, detached or not.
@@ -78,7 +81,9 @@ def loss_and_gradient(
         p, t = p.to(device), t.to(device)
         chunk = flat.index_select(0, p)
         if head is not None:
-            loss, chunk_gradient = fused_head.loss_and_gradient(head, chunk, t)
+            loss, chunk_gradient, of_delta, normaliser = head_loss.loss_and_gradients(head, chunk, t)
+            if isinstance(head, SparseHead):
+                head.receive(chunk, t, normaliser, of_delta, scale)
         else:
             loss, chunk_gradient = _loss_and_gradient(model, chunk, t)
         sums.append(loss)

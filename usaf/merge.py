@@ -4,7 +4,8 @@
     onto the dequantised base   dequantise(4-bit) + delta           exactly what was trained, for every expert
 
 summed in fp32 and rounded once to the type of the output; nothing is ever quantised again, since deltas are smaller
-than half a step of a 4-bit weight. Routers are whole in the delta and replace the stored ones.
+than half a step of a 4-bit weight. Routers and norms are whole in the delta and replace the stored ones. The head is
+not in 4 bits, so it has one base; where it shares the embeddings' tensor it becomes one of its own.
 
 Writing back needs no inverse of transformers' converters. They only move values (stack, concatenate, transpose,
 interleave), so sending the *addresses* 0, 1, 2, ... of the stored values through the forward converter says for each
@@ -85,15 +86,16 @@ class Merge:
             for name, pair in checkpoint.expert_parameters().items()
             for target in pair
         }
-        lacking = checkpoint.missing([*self.transposed, *delta.routers])
+        self.head = next((name for name in delta.sparse if name not in self.transposed), None)
+        lacking = checkpoint.missing([*self.transposed, *delta.whole, *([self.head] if self.head else [])])
         if lacking:
             raise UserError(f"{checkpoint.folder}: has no tensor for {lacking[0]}, so it cannot be written back; "
                             "give the complete checkpoint with --model")  # fmt: skip
         self._addresses: dict[str, Tensor | None] = {}
 
     @property
-    def trained_routers(self) -> set[str]:
-        return set(self.delta.routers)
+    def trained_whole(self) -> set[str]:
+        return set(self.delta.whole)
 
     @cached_property
     def targets(self) -> list[str]:
@@ -104,7 +106,7 @@ class Merge:
         """
         quantization = self.checkpoint.quantization
         four_bit = {target for target in self.transposed if self.checkpoint.four_bit(target) is not None}
-        written = {target for target, (indices, _) in self.delta.experts.items() if len(indices)}
+        written = {target for target in self.transposed if len(self.delta.sparse.get(target, ((), ()))[0])}
         if self.base == "dequantized":
             written |= self.transposed.keys() - four_bit
         if quantization is not None and quantization.method == "compressed-tensors" and written & four_bit:
@@ -122,9 +124,31 @@ class Merge:
         return found
 
     @cached_property
-    def router_keys(self) -> dict[str, str]:
-        """Checkpoint tensor -> the router weight it is, or is a part of."""
-        return {key: name for name in self.delta.routers for key, _ in self.plan.sources[name].keys}
+    def head_source(self) -> str | None:
+        """The checkpoint's tensor that the head's base is; None where no head was trained."""
+        if self.head is None:
+            return None
+        tied: dict[str, str] = dict(self.checkpoint.model.all_tied_weights_keys)
+        source = self.plan.sources[self.head if self.head in self.plan.sources else tied[self.head]]
+        if source.converter is not None or len(source.keys) != 1:
+            raise UserError(f"{self.checkpoint.folder}: {self.head} is not stored as one tensor; this family cannot be "
+                            "exported yet with a trained head (TRAIN_HEAD=0 leaves it alone)")  # fmt: skip
+        return source.keys[0][0]
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether the head becomes a tensor of its own."""
+        return self.head is not None and self.head not in self.plan.sources
+
+    @property
+    def head_key(self) -> str | None:
+        """The tensor that the head is written to."""
+        return self.head if self.unties_head else self.head_source
+
+    @cached_property
+    def whole_keys(self) -> dict[str, str]:
+        """Checkpoint tensor -> the router or norm weight it is, or is a part of."""
+        return {key: name for name in self.delta.whole for key, _ in self.plan.sources[name].keys}
 
     def num_experts(self, target: str) -> int:
         return self.store[target].shape[0]
@@ -137,7 +161,9 @@ class Merge:
         return pieces
 
     def output_dtype(self, key: str) -> torch.dtype:
-        return self.dtype or self.checkpoint.stored_dtype(key)
+        stored = self.head_source if key == self.head_key else key
+        assert stored is not None
+        return self.dtype or self.checkpoint.stored_dtype(stored)
 
     # -- experts -------------------------------------------------------------------------------------------------------
 
@@ -187,9 +213,9 @@ class Merge:
 
     def _delta_of(self, target: str, e: int) -> tuple[Tensor, Tensor]:
         """(places in the flattened pieces of expert e, values) of its non-zero deltas."""
-        if target not in self.delta.experts:
+        if target not in self.delta.sparse:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-        indices, values = self.delta.experts[target]
+        indices, values = self.delta.sparse[target]
         _, rows, columns = self.store[target].shape
         first, end = torch.searchsorted(indices, torch.tensor([e, e + 1]) * (rows * columns)).tolist()
         within, values = indices[first:end] - e * rows * columns, values[first:end]
@@ -201,7 +227,7 @@ class Merge:
         return (within if addresses is None else addresses[within]), values
 
     def _to_checkpoint(self, target: str, weight: Tensor) -> Tensor:
-        """A router, or [a, b] of one expert, as the values of its pieces, flattened one behind the other."""
+        """A router or norm, or [a, b] of one expert, as the values of its pieces, flattened one behind the other."""
         flat, addresses = weight.reshape(-1), self._address_map(target)
         if addresses is None:
             return flat
@@ -210,16 +236,16 @@ class Merge:
         return placed
 
     def _address_map(self, target: str) -> Tensor | None:
-        """int64: where in its pieces each weight of an expert, or a router, lies; None where they lie in order.
+        """int64: where in its pieces each weight of an expert, a router or a norm lies; None where they lie in order.
 
         The same for all experts of a parameter, whose pieces have equal shapes.
         """
         if target not in self._addresses:
-            is_router = target in self.delta.routers
-            pieces = self.plan.sources[target].pieces if is_router else self.pieces(target, 0)
+            is_whole = target in self.delta.whole
+            pieces = self.plan.sources[target].pieces if is_whole else self.pieces(target, 0)
             size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
             stored = self._split(pieces, torch.arange(size))
-            assemble = self.plan.assemble if is_router else self.plan.assemble_expert
+            assemble = self.plan.assemble if is_whole else self.plan.assemble_expert
             addresses = assemble(target, pieces, stored).reshape(-1)
             if len(addresses) != size or not bool((torch.bincount(addresses) == 1).all()):
                 raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
@@ -227,19 +253,38 @@ class Merge:
             self._addresses[target] = None if bool((addresses == torch.arange(len(addresses))).all()) else addresses
         return self._addresses[target]
 
-    # -- routers -------------------------------------------------------------------------------------------------------
+    # -- routers and norms ---------------------------------------------------------------------------------------------
 
-    def router_piece(self, key: str) -> Tensor:
-        """The checkpoint's tensor `key` of a trained router, in the output's type."""
-        name = self.router_keys[key]
+    def whole_piece(self, key: str) -> Tensor:
+        """The checkpoint's tensor `key` of a trained router or norm, in the output's type."""
+        name = self.whole_keys[key]
         pieces = self.plan.sources[name].pieces
-        parts = self._split(pieces, self._to_checkpoint(name, self.delta.routers[name]))
+        parts = self._split(pieces, self._to_checkpoint(name, self.delta.whole[name]))
         return self._rounded(key, next(part for piece, part in zip(pieces, parts, strict=True) if piece.key == key))
 
-    def router(self, name: str) -> Tensor:
-        """A router's weight after the merge, rounded as in the output, in fp32: what loads from the file."""
+    def whole(self, name: str) -> Tensor:
+        """A router or norm after the merge, rounded as in the output, in fp32: what loads from the file."""
         pieces = self.plan.sources[name].pieces
-        return self.plan.assemble(name, pieces, (self.router_piece(p.key) for p in pieces)).to(torch.float32)
+        return self.plan.assemble(name, pieces, (self.whole_piece(p.key) for p in pieces)).to(torch.float32)
+
+    # -- the head ------------------------------------------------------------------------------------------------------
+
+    def merged_head(self, counts: Counts | None = None) -> Tensor:
+        """[vocabulary, H] of a trained head, in the output's type; `counts` is told what changed."""
+        assert self.head is not None
+        assert self.head_source is not None
+        assert self.head_key is not None
+        dtype, base = self.output_dtype(self.head_key), self.checkpoint.tensor(self.head_source)
+        merged = base.to(dtype, copy=True)
+        indices, values = self.delta.sparse[self.head]
+        places, values = indices[values != 0], values[values != 0]
+        before = base.view(-1)[places]
+        rounded = self._rounded(self.head_key, before.to(torch.float32) + values)
+        merged.view(-1)[places] = rounded
+        if counts is not None:
+            counts.active += len(places)
+            counts.changed += int((rounded != before.to(dtype)).sum())
+        return merged
 
 
 class StoredWeights:
@@ -247,12 +292,16 @@ class StoredWeights:
 
     def __init__(self, folder: Path, merge: Merge) -> None:
         self.checkpoint, self.merge = Checkpoint(folder), merge
-        self.trained_routers = merge.trained_routers
+        self.trained_whole, self.head = merge.trained_whole, merge.head
 
     def expert(self, target: str, e: int) -> Tensor:
         """[out, in], fp32."""
         stored = self.checkpoint.read_expert(target, e).to(torch.float32)
         return stored.t() if self.merge.transposed[target] else stored
 
-    def router(self, name: str) -> Tensor:
+    def whole(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(torch.float32)
+
+    def merged_head(self) -> Tensor:
+        assert self.merge.head_key is not None
+        return self.checkpoint.tensor(self.merge.head_key)

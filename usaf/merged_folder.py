@@ -156,7 +156,9 @@ def plan_shards(merge: Merge) -> dict[str, Specs]:
     A weight that the source keeps as codes and scales is written as one tensor, in the shard of the first of them.
     """
     checkpoint = merge.checkpoint
-    written = {part: key for key in [*merge.expert_keys, *merge.router_keys] for part in checkpoint.parts(key)}
+    own_head = [merge.head_key] if merge.head_key is not None and not merge.unties_head else []
+    written = {part: key for key in [*merge.expert_keys, *merge.whole_keys, *own_head]
+               for part in checkpoint.parts(key)}  # fmt: skip
     shards: dict[str, Specs] = {}
     for shard in sorted(set(checkpoint.shards.values())):
         specs = shards[shard] = {}
@@ -166,6 +168,9 @@ def plan_shards(merge: Merge) -> dict[str, Specs]:
                 specs[name] = entry.code, entry.shape
             elif name == checkpoint.parts(key)[0]:
                 specs[key] = merge.output_dtype(key), checkpoint.stored[key].shape()
+            if merge.unties_head and name == merge.head_source:  # beside the embeddings whose tensor it was
+                assert merge.head_key is not None
+                specs[merge.head_key] = merge.output_dtype(merge.head_key), entry.shape
     return shards
 
 
@@ -179,8 +184,10 @@ def write_shard(
         for name, spec in specs.items():
             if name in merge.expert_keys:
                 continue
-            if name in merge.router_keys:
-                writer.write(name, 0, merge.router_piece(name))
+            if name == merge.head_key:
+                writer.write(name, 0, merge.merged_head(counts))
+            elif name in merge.whole_keys:
+                writer.write(name, 0, merge.whole_piece(name))
             else:
                 writer.copy(name, source, name)
             progress(tensor_bytes_count(*spec))
@@ -207,6 +214,11 @@ def exported_config(merge: Merge) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((merge.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     if merge.dtype is not None:
         set_dtype(config, str(merge.dtype).removeprefix("torch."))
+    if merge.unties_head:
+        config["tie_word_embeddings"] = False
+        for part in config.values():  # of a composite configuration
+            if isinstance(part, dict) and "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
     except_written(config, merge)
     return config
 
@@ -215,7 +227,7 @@ def except_written(config: dict[str, Any], merge: Merge) -> None:
     """Take what is written in 16 bits out of the quantisation that the configuration declares, or that out of it."""
     stored = merge.checkpoint.stored
     quantized = {key for key, tensor in stored.items() if tensor.format != "plain"}
-    written = quantized & {*merge.expert_keys, *merge.router_keys}
+    written = quantized & {*merge.expert_keys, *merge.whole_keys, merge.head_key}
     if not written:
         return
     modules = sorted({module_of(key, merge) for key in written}, key=dot_natural_key)
@@ -242,11 +254,13 @@ def except_modules(quantization: dict[str, Any], modules: list[str], four_bit_le
 
 
 def module_of(key: str, merge: Merge) -> str:
-    """The checkpoint's name of the experts, or of the router, that a tensor belongs to."""
+    """The checkpoint's name of the experts, the router, the norm or the head that a tensor belongs to."""
     before, found, _ = key.rpartition(".experts.")
     if found:
         return f"{before}.experts"
-    return key.rpartition(".")[0] if key in merge.router_keys else merge.expert_keys[key][0][0].rpartition(".")[0]
+    if key in merge.whole_keys or key == merge.head_key:
+        return key.rpartition(".")[0]
+    return merge.expert_keys[key][0][0].rpartition(".")[0]
 
 
 def set_dtype(config: dict[str, Any], name: str) -> None:

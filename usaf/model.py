@@ -34,6 +34,8 @@ from usaf.files import fingerprint
 from usaf.linear import FrozenEmbedding, FrozenLinear
 from usaf.read_ahead import Span, read_ahead
 from usaf.skeleton import HandedOn, Handover, Path, Product, find_decoder, get, put
+from usaf.sparse_head import SparseHead
+from usaf.sparse_weights import SparseWeights
 from usaf.tensor_file import tensor_bytes
 
 MOST_EXTRA_ROWS = 8
@@ -68,6 +70,9 @@ class SparseModel:
         self.config: Any = model.config
         self.decoder, self.layers_name, self.layers = find_decoder(model)
         self.moe = find_moe_layers(model, self.layers_name)
+        self.head: SparseHead | None = None  # where it trains (`trained_parts`), and the name of its weight
+        self.head_name = ""
+        self.norms: dict[str, nn.Parameter] = {}  # those that train, by name
         self.spans: dict[int, list[Span]] = {}  # MoE layer -> where its mapped experts lie
         for moe in self.moe:
             moe.router.register_forward_pre_hook(widen_router_input)
@@ -82,6 +87,18 @@ class SparseModel:
     def moe_from(self, start: int) -> list[MoeLayer]:
         """The MoE layers at or above layer `start`."""
         return [moe for moe in self.moe if moe.layer >= start]
+
+    def sparse_weights(self, start: int) -> dict[str, SparseWeights[Any]]:
+        """What trains sparsely from layer `start` on, by name: its experts, and the head where it does."""
+        found: dict[str, SparseWeights[Any]] = {}
+        for moe in self.moe_from(start):
+            found |= zip(moe.names, moe.banks, strict=True)
+        return found if self.head is None else {**found, self.head_name: self.head}
+
+    def whole_weights(self, start: int, routers: bool) -> dict[str, nn.Parameter]:
+        """What trains in all its weights, by name: routers, where they do, and norms."""
+        own = {moe.router_name: moe.router_weight for moe in self.moe_from(start)} if routers else {}
+        return {**own, **self.norms}
 
     def place(self, layer: int, device: torch.device) -> None:
         """Move one decoder layer, its banks included."""

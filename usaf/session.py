@@ -44,6 +44,8 @@ from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.quantization import dequantize
 from usaf.settings import CACHE_FOLDER, ResolvedSettings, Settings
 from usaf.source_folder import resolve_model
+from usaf.sparse_weights import SparseWeights
+from usaf.trained_parts import open_head, open_norms
 from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
@@ -359,11 +361,21 @@ def load(session: ModelSession, done: PhaseDone | None = None) -> None:
     for layer in range(session.start, session.model.num_layers):
         if session.backend.device.type != "cpu":
             session.model.place(layer, session.backend.device)
+    open_parts(session)
     session.decisions["quant_path"] = str(store.path)
     kept = session.kept if isinstance(session, Session) else None
     choose_resident(session, None if kept is None else kept.room_bytes)
     if done is not None:
         done("load", time.perf_counter() - began)
+
+
+def open_parts(session: ModelSession) -> None:
+    """TRAIN_HEAD, TRAIN_NORMS: what trains beside experts and routers."""
+    values = session.settings.values
+    if values.train_head and not open_head(session.model):
+        say("head: frozen, since this family does more with its output than a linear layer (TRAIN_HEAD=0 is the same)")
+    if values.train_norms:
+        open_norms(session.model, session.start)
 
 
 def choose_resident(session: ModelSession, room_bytes: int | None = None) -> None:
@@ -415,7 +427,7 @@ def product_seconds(bank: ExpertBank, resident: bool, backend: Backend) -> float
         make_resident(alone)
     x = torch.ones(RESIDENT_ROWS, bank.in_features, dtype=backend.compute_dtype, device=bank.device)
     fused = runs_fused(x, alone, alone)
-    buffer = torch.empty(bank.expert_size if fused else 0)
+    buffer = torch.empty(bank.part_size if fused else 0)
 
     def product() -> Tensor:
         return x @ (alone.decode(0, buffer, alone.delta) if fused else alone.weight(0, x.dtype)).t()
@@ -452,34 +464,32 @@ def apply_delta(session: ModelSession, delta: Delta, path: Path) -> None:
         raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "
                         f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained "
                         "on")  # fmt: skip
-    trained = session.model.moe_from(session.start)
-    banks = {name: bank for moe in trained for name, bank in zip(moe.names, moe.banks, strict=True)}
-    with_routers = trained if session.settings.values.router_lr > 0 else []
-    routers = {moe.router_name: moe.router_weight for moe in with_routers}
-    refuse_misfit(delta, banks, routers, path)
-    for name, (indices, values) in delta.experts.items():
-        banks[name].set_active(indices, values)
-        banks[name].delta.requires_grad_(False)
-    for name, weight in delta.routers.items():
-        routers[name].data.copy_(weight)
+    sparse = session.model.sparse_weights(session.start)
+    whole = session.model.whole_weights(session.start, routers=session.settings.values.router_lr > 0)
+    refuse_misfit(delta, sparse, whole, path)
+    for name, (indices, values) in delta.sparse.items():
+        sparse[name].set_active(indices, values)
+        sparse[name].delta.requires_grad_(False)
+    for name, weight in delta.whole.items():
+        whole[name].data.copy_(weight)
 
 
 def refuse_misfit(
-    delta: Delta, banks: dict[str, ExpertBank], routers: dict[str, torch.nn.Parameter], path: Path
+    delta: Delta, sparse: dict[str, SparseWeights[Any]], whole: dict[str, torch.nn.Parameter], path: Path
 ) -> None:
     """A delta of this base holds every trained parameter, and nothing beyond their shapes."""
-    for name in sorted(delta.experts.keys() ^ banks.keys() | delta.routers.keys() ^ routers.keys()):
+    for name in sorted(delta.sparse.keys() ^ sparse.keys() | delta.whole.keys() ^ whole.keys()):
         raise UserError(f"{path}: {name} is in only one of the delta and the layers that it trained; the file is "
                         "damaged, copy it again, or run again")  # fmt: skip
-    for name, (indices, _) in delta.experts.items():
-        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < banks[name].numel:
+    for name, (indices, _) in delta.sparse.items():
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < sparse[name].numel:
             raise UserError(f"{path}: {name} has indices from {int(indices[0])} to {int(indices[-1])}, and the model's "
-                            f"weights there are 0 to {banks[name].numel - 1}; the file is damaged, copy it again, or "
+                            f"weights there are 0 to {sparse[name].numel - 1}; the file is damaged, copy it again, or "
                             "run again")  # fmt: skip
-    for name, weight in delta.routers.items():
-        if weight.shape != routers[name].shape:
+    for name, weight in delta.whole.items():
+        if weight.shape != whole[name].shape:
             raise UserError(f"{path}: {name} has shape {tuple(weight.shape)}, and the model's is "
-                            f"{tuple(routers[name].shape)}; the file is damaged, copy it again, or run again"
+                            f"{tuple(whole[name].shape)}; the file is damaged, copy it again, or run again"
                             )  # fmt: skip
 
 

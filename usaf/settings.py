@@ -283,6 +283,14 @@ class Settings:
         _choice("down", "all"),
         "projections of the experts that train: down, or all (gate and up as well); FRAC is of all of them either way",
     )
+    train_head: bool = _setting(
+        True, _switch(), "1: the output layer's best weights train too, out of the same FRAC; 0: it is frozen"
+    )
+    train_norms: bool = _setting(
+        True,
+        _switch(),
+        "1: the norms of the trained layers and the one behind them train too, whole; 0: they are frozen",
+    )
     group_size: int = _setting(
         128,
         _whole("that is even, from 8 to 1024", lambda value: 8 <= value <= 1024 and value % 2 == 0),

@@ -158,6 +158,7 @@ class Handover:
     returns: list[Any]
     needed: list[tuple[Product, ...]]
     called: frozenset[str]  # the modules that a forward of text calls
+    after_layers: frozenset[str]  # those of them that are called once the last layer has run, and not before
 
     @property
     def splits(self) -> list[int]:
@@ -326,9 +327,16 @@ def handover(model: PreTrainedModel) -> Handover:
     family = model.config.model_type
     model = skeleton(model)
     decoder, _, layers = find_decoder(model)
-    flow, called = Flow(), set()
+    flow = Flow()
+    called: dict[str, bool] = {}  # module -> whether the last layer had run when it was first called
+    after: list[bool] = []
+
+    def note(name: str, *_: Any) -> None:
+        called.setdefault(name, bool(after))
+
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        module.register_forward_pre_hook(partial(note, name))
+    layers[-1].register_forward_hook(lambda *_: after.append(True))
     for i, layer in enumerate(layers):
         layer.forward = partial(flow.run_layer, i, layer.forward)
     final: list[Tensor] = []
@@ -346,4 +354,5 @@ def handover(model: PreTrainedModel) -> Handover:
                         "yet") from error  # fmt: skip
     flow.inside = len(layers)  # what follows the last layer counts as one more
     flow.used(final[0].products)  # type: ignore[attr-defined]
-    return Handover(flow.returns, [flow.needed(b) for b in range(len(layers) + 1)], frozenset(called))
+    return Handover(flow.returns, [flow.needed(b) for b in range(len(layers) + 1)],
+                    frozenset(called), frozenset(name for name, late in called.items() if late))  # fmt: skip

@@ -48,7 +48,9 @@ def summarise(
         "device": session.backend.name, "dtype": str(session.backend.compute_dtype).removeprefix("torch."),
         "steps": trainer.step, "steps_skipped": trainer.skipped, "seed": values.seed,
         "active_parameters": trainer.active_parameters(), "expert_parameters": expert_parameters(session),
-        "router_parameters": sum(weight.numel() for weight in delta.routers.values()),
+        "head_parameters": len(trainer.model.head.delta) if trainer.model.head is not None else 0,
+        "router_parameters": sum(weight.numel() for name, weight in delta.whole.items() if name in trainer.routers),
+        "norm_parameters": sum(delta.whole[name].numel() for name in trainer.model.norms),
         "train_loss_first": mean(trainer.losses["first"]), "train_loss_last": mean(trainer.losses["last"]),
         "evaluations": [{"name": r.name, "perplexity_before": before.get(r.name),
                          "perplexity_after": finite(r.perplexity)} for r in after],
@@ -68,7 +70,7 @@ def summarise(
 def moved_by_layer(session: Session, delta: Delta) -> list[dict[str, int]]:
     """Of each trainable MoE layer: how many experts there are, and how many have a weight off its base value."""
     layers = session.model.moe_from(session.start)
-    sizes = {name: bank.expert_size for moe in layers for name, bank in zip(moe.names, moe.banks, strict=True)}
+    sizes = {name: bank.part_size for moe in layers for name, bank in zip(moe.names, moe.banks, strict=True)}
     moved = experts_moved(delta, sizes)
     return [
         {"layer": moe.layer, "experts": moe.banks[0].num_experts, "moved": moved[moe.names[0].rpartition(".")[0]]}
@@ -81,7 +83,7 @@ def lost_share(session: Session) -> float | None:
     dtype = session.backend.compute_dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return None
-    counts = [bank.lost_to_rounding(dtype) for moe in session.model.moe_from(session.start) for bank in moe.banks]
+    counts = [weights.lost_to_rounding(dtype) for weights in session.model.sparse_weights(session.start).values()]
     moved = sum(m for _, m in counts)
     return sum(lost for lost, _ in counts) / moved if moved else 0.0
 
@@ -109,8 +111,9 @@ def final_table(summary: dict[str, Any]) -> str:
     moved, experts = (sum(layer[key] for layer in summary["experts_moved"]) for key in ("moved", "experts"))
     rate = summary["tokens_per_second"]
     facts = [
-        ["active expert weights", f"{summary['active_parameters']:,} of {summary['expert_parameters']:,}"],
-        ["router weights", f"{summary['router_parameters']:,}"],
+        ["active weights", f"{summary['active_parameters']:,}, of them {summary['head_parameters']:,} in the head; "
+         f"experts have {summary['expert_parameters']:,}"],
+        ["router and norm weights", f"{summary['router_parameters']:,} and {summary['norm_parameters']:,}"],
         ["experts moved", f"{moved} of {experts}"],
         ["training speed", f"{rate:.0f} tokens/s" if rate else "not measured"],
         ["time in all", f"{summary['seconds_total']:.0f} s"],

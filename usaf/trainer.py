@@ -1,16 +1,15 @@
 """The training loop: step, reselection, cadence, and a state that resumes to the bit.
 
 One step: `accum` micro-batches enter the first trainable layer from the prefix cache, run through the trainable layers
-and the head, and back; the deltas and the router weights get their Adam update. Gradients are computed at the active
-indices alone. In the last `capture_steps` steps before a reselection the backwards also leave what their weight
-gradients need (`expert_bank.PairGradients`), which ranks the candidates without a pass of its own.
+and the head, and back; the deltas, the router weights and the norms get their Adam update. Gradients of sparse weights
+are computed at the active indices alone. In the last `capture_steps` steps before a reselection the backwards also
+leave what their weight gradients need (`sparse_weights.Factors`), which ranks the candidates without a pass of its own.
 
 A step whose loss or gradient is not finite is skipped and counted; `MAX_SKIPPED` in a row end the run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -18,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from usaf.data import Batch, DataOrder, Rows
 from usaf.delta import Delta
 from usaf.errors import RunError
-from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.importance import grow_candidates
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import SparseModel
@@ -32,6 +30,7 @@ from usaf.prefix import BoundaryStates
 from usaf.run import SavedState, random_states, restore_random_states
 from usaf.selection import drop_fraction_at, reselect, smallest_k_positions
 from usaf.settings import Settings
+from usaf.sparse_weights import Factors, SparseWeights
 from usaf.workers import number_of_workers, run_shares, shares
 from usaf.workspace import Workspace
 
@@ -74,11 +73,11 @@ class ReselectResult:
 
 @dataclass
 class Captured:
-    """One micro-batch's pairs in one bank, and by how much its step's gradient was scaled (clipping)."""
+    """One micro-batch's factors of one tensor, and by how much its step's gradient was scaled (clipping)."""
 
     step: int  # finished steps when it ran
     scale: float
-    pairs: PairGradients
+    factors: Factors
 
 
 class Trainer:
@@ -94,13 +93,13 @@ class Trainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.losses: dict[str, list[float]] = {"first": [], "last": []}
         self.trained = model.moe_from(states.start)
-        self.banks: dict[str, ExpertBank] = {
-            n: b for moe in self.trained for n, b in zip(moe.names, moe.banks, strict=True)
-        }
+        self.banks = model.sparse_weights(states.start)
         self.routers = {moe.router_name: moe.router for moe in self.trained} if settings.router_lr > 0 else {}
         for moe in self.trained:
             moe.router_weight.requires_grad_(moe.router_name in self.routers)
-        self.adam: dict[str, Adam] = {name: Adam(weight) for name, weight in self.router_weights.items()}
+        for weight in model.norms.values():
+            weight.requires_grad_(True)
+        self.adam: dict[str, Adam] = {name: Adam(weight) for name, weight in self.whole().items()}
         self.captured: dict[str, list[Captured]] = {name: [] for name in self.banks}
 
     # -- the trained weights -------------------------------------------------------------------------------------------
@@ -111,21 +110,21 @@ class Trainer:
             bank.set_active(active[name], torch.zeros(len(active[name])))
             self.adam[name] = Adam(bank.delta)
 
-    @property
-    def router_weights(self) -> dict[str, Tensor]:
-        return {moe.router_name: moe.router_weight for moe in self.trained if moe.router_name in self.routers}
+    def whole(self) -> dict[str, nn.Parameter]:
+        """What trains in all its weights: routers and norms."""
+        return self.model.whole_weights(self.states.start, routers=bool(self.routers))
 
     def parameters(self) -> dict[str, Tensor]:
         """Read anew each time: a reselection replaces the deltas."""
-        return {**{name: bank.delta for name, bank in self.banks.items()}, **self.router_weights}
+        return {**{name: bank.delta for name, bank in self.banks.items()}, **self.whole()}
 
     def active_parameters(self) -> int:
         return sum(bank.delta.numel() for bank in self.banks.values())
 
     def delta(self, about: dict[str, Any]) -> Delta:
-        experts = {n: (b.active.cpu(), b.delta.detach().cpu()) for n, b in self.banks.items()}
-        routers = {name: weight.detach().cpu() for name, weight in self.router_weights.items()}
-        return Delta(experts, routers, self.model.base_fingerprint, about)
+        sparse = {n: (b.active.cpu(), b.delta.detach().cpu()) for n, b in self.banks.items()}
+        whole = {name: weight.detach().cpu() for name, weight in self.whole().items()}
+        return Delta(sparse, whole, self.model.base_fingerprint, about)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -169,14 +168,12 @@ class Trainer:
         if math.isfinite(loss):
             hidden.backward(gradient)
         for name, bank in self.banks.items():
-            self.captured[name] += [Captured(self.step, 1.0, self._kept(pairs)) for pairs in bank.captured or []]
+            self.captured[name] += [Captured(self.step, 1.0, self._kept(factors)) for factors in bank.captured or []]
             bank.captured = None
         return loss
 
-    def _kept(self, pairs: PairGradients) -> PairGradients:
-        if self.workspace is None:
-            return pairs
-        return pairs.kept(self.workspace)
+    def _kept(self, factors: Factors) -> Factors:
+        return factors if self.workspace is None else factors.kept(self.workspace)
 
     def _update(self, gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float) -> None:
         """Clip all gradients together, then Adam."""
@@ -186,7 +183,8 @@ class Trainer:
             if name in self.routers:
                 self.adam[name].step(parameter, gradient, router_rate)
             else:
-                self.adam[name].step(parameter, gradient, rate, self.settings.weight_decay)
+                decay = self.settings.weight_decay if name in self.banks else 0.0
+                self.adam[name].step(parameter, gradient, rate, decay)
         for entry in self._captured_now():
             entry.scale = clip
         self.skipped_in_a_row = 0
@@ -197,7 +195,7 @@ class Trainer:
 
     def _captured_are_finite(self) -> bool:
         """The norm sees active weights only; an expert without any may have met an overflow in 16 bits unseen."""
-        return all(bool(torch.isfinite(entry.pairs.grad_outputs).all()) for entry in self._captured_now())
+        return all(entry.factors.is_finite() for entry in self._captured_now())
 
     def _skip(self) -> None:
         """Leave the weights alone; what the step captured is not finite either."""
@@ -284,7 +282,7 @@ class Trainer:
             return active[:0]
         stays = torch.ones(len(active), dtype=torch.bool, device=active.device)
         stays[smallest_k_positions(bank.delta.detach(), count)] = False
-        scaled = [dataclasses.replace(entry.pairs, scale=entry.scale) for entry in self.captured[name]]
+        scaled = [entry.factors.scaled(entry.scale) for entry in self.captured[name]]
         return grow_candidates(bank, scaled, active[stays].cpu(), count).to(active.device)
 
     @torch.no_grad()
@@ -302,11 +300,13 @@ class Trainer:
         self.adam[name].regrow(change.from_old, mean, mean_square, seen)
         return len(grown)
 
-    def _grown_moments(self, bank: ExpertBank, captured: list[Captured], kept: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _grown_moments(
+        self, bank: SparseWeights[Any], captured: list[Captured], kept: Tensor
+    ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
         """Mean gradient and mean squared gradient over the captured steps, at the grown weights; and how many steps."""
         by_step: dict[int, Tensor] = {}
         for entry in captured:
-            gradient = bank.delta_gradient(entry.pairs, entry.pairs.inputs.dtype, ~kept) * entry.scale
+            gradient = bank.delta_gradient(entry.factors, entry.factors.dtype, ~kept) * entry.scale
             by_step[entry.step] = by_step[entry.step] + gradient if entry.step in by_step else gradient
         stacked = torch.stack(list(by_step.values()))
         return stacked.mean(0), (stacked * stacked).mean(0), len(by_step)
@@ -325,8 +325,8 @@ class Trainer:
         }  # fmt: skip
         for name, bank in self.banks.items():
             tensors[f"active/{name}"], tensors[f"delta/{name}"] = bank.active, bank.delta.detach()
-        for name, weight in self.router_weights.items():
-            tensors[f"router/{name}"] = weight.detach()
+        for name, weight in self.whole().items():
+            tensors[f"whole/{name}"] = weight.detach()
         for name, adam in self.adam.items():
             state = adam.state_dict()
             tensors.update({f"adam/{name}/{k}": v for k, v in state.items() if isinstance(v, Tensor)})
@@ -334,7 +334,7 @@ class Trainer:
         for name, entries in self.captured.items():
             about["captured"][name] = [{"step": entry.step, "scale": entry.scale} for entry in entries]
             for i, entry in enumerate(entries):
-                tensors.update({f"captured/{name}/{i}/{k}": v for k, v in entry.pairs.tensors().items()})
+                tensors.update({f"captured/{name}/{i}/{k}": v for k, v in entry.factors.tensors().items()})
         return SavedState(tensors, about)
 
     def restore(self, saved: SavedState) -> None:
@@ -342,12 +342,11 @@ class Trainer:
         tensors, about = saved.tensors, saved.about
         self.step, self.skipped = about["step"], about["skipped"]
         self.skipped_in_a_row, self.losses = about["skipped_in_a_row"], about["losses"]
-        device = self.model.backend.device
         for name, bank in self.banks.items():
             bank.set_active(tensors[f"active/{name}"], tensors[f"delta/{name}"])
             self.adam[name] = Adam(bank.delta)
-        for name, weight in self.router_weights.items():
-            weight.data.copy_(tensors[f"router/{name}"])
+        for name, weight in self.whole().items():
+            weight.data.copy_(tensors[f"whole/{name}"])
         for name, adam in self.adam.items():
             moments = {k: tensors[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "generation")}
             adam.load_state_dict({**about["adam"][name], **moments})
@@ -355,8 +354,8 @@ class Trainer:
             self.captured[name] = []
             for i, entry in enumerate(entries):
                 prefix = f"captured/{name}/{i}/"
-                named = {k.removeprefix(prefix): v.to(device) for k, v in tensors.items() if k.startswith(prefix)}
-                self.captured[name].append(Captured(entry["step"], entry["scale"], PairGradients.from_tensors(named)))
+                named = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                self.captured[name].append(Captured(entry["step"], entry["scale"], self.banks[name].restored(named)))
         restore_random_states(tensors)
 
     def run(self, after_step: Callable[[StepResult, ReselectResult | None], bool]) -> None:

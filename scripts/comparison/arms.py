@@ -51,6 +51,7 @@ ARMS: dict[str, Arm] = {
     "full": Arm("full", 1e-3, "full fine-tuning of the trained layers, fp32 base; everything where all layers train"),
     "lora-experts": peft("LoRA on the experts", 5e-3, targets=("experts",)),
     "lora-experts-attention": peft("LoRA on experts and attention", 5e-3, targets=("experts", "attention")),
+    "lora-all": peft("LoRA on experts, attention and the head", 5e-3, targets=("experts", "attention", "head")),
     "lora-attention": peft("LoRA on attention alone", 5e-3, targets=("attention",)),
     "lora-bytes": peft("LoRA on the experts, rank by USAF's bytes on disk", 5e-3, targets=("experts",), budget="bytes"),
     "qlora": peft("LoRA on experts and attention, on the 4-bit base, saved in bf16", 5e-3,
@@ -58,7 +59,7 @@ ARMS: dict[str, Arm] = {
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
     "usaf": usaf("the product, its rate swept as the others' are"),
     "usaf-default": usaf("the product as it is, with no choice made", guess=0.0, ROUTER_LR="5e-5"),
-    "usaf-all": usaf("gate and up projections train too", PROJECTIONS="all"),
+    "usaf-experts": usaf("experts and routers alone", TRAIN_HEAD=0, TRAIN_NORMS=0),
     "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
     "usaf-frozen-router": usaf("routers frozen", ROUTER_LR=0),
     "random": lab("random weights, never reselected", score="random", reselect_every=0),
@@ -68,7 +69,40 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 """Those of the main table; `ABLATIONS` has the others."""
 
+NOW: dict[str, Any] = {"sparse": ("down", "head"), "untie": True, "whole": ("router", "norms")}
+EXPERTS_ALONE = {"TRAIN_HEAD": 0, "TRAIN_NORMS": 0}
+
 ABLATIONS: dict[str, Arm] = {
+    "now": lab("the product's defaults on dense weights, the baseline of the others", **NOW),
+    "now-samples-2": lab("importance from 2 sequences", samples=2, **NOW),
+    "now-samples-16": lab("importance from 16 sequences", samples=16, **NOW),
+    "now-samples-256": lab("importance from 256 sequences", samples=256, **NOW),
+    "now-square": lab("importance by mean squared gradients", score="square", **NOW),
+    "now-magnitude": lab("importance by |weight|", score="magnitude", **NOW),
+    "now-global": lab("one budget for all tensors", scope="all", **NOW),
+    "now-routed": lab("only the most routed quarter of experts", routed_share=0.25, **NOW),
+    "now-least-share": lab("no expert under half of its even share of tokens", least_share=0.5, **NOW),
+    "now-zero-moments": lab("grown weights start with zero moments", moments="zero", **NOW),
+    "now-reset": lab("all moments forgotten at a reselection", moments="reset", **NOW),
+    "now-drop-weight": lab("the smallest |weight| is dropped", drop_by="weight", **NOW),
+    "now-capture-1": lab("candidates from 1 step", capture_steps=1, **NOW),
+    "now-capture-16": lab("candidates from 16 steps", capture_steps=16, **NOW),
+    "now-router-dense": lab("dense router gradient", router_gradient="dense", **NOW),
+    "now-router-warmup": lab("routers alone for 20 steps", router_warmup=20, **NOW),
+    "now-gumbel": lab("Gumbel noise of 0.3 on the routing", gumbel=0.3, **NOW),
+    "now-balance": lab("load-balancing loss of 1e-3", balance=1e-3, **NOW),
+    "now-low-rank": lab("LoRA of rank 1 on the experts, the rest of the budget sparse", low_rank=1, **NOW),
+    "now-8bit": lab("moments in 8 bits", eight_bit=True, **NOW),
+    "now-original": lab("on the unquantised base", base="original", **NOW),
+    "now-attention": lab("and attention", **{**NOW, "sparse": ("down", "attention", "head")}),
+    "now-up": lab("and gate and up projections", **{**NOW, "sparse": ("experts", "head")}),
+    "usaf-experts-all": usaf("gate and up projections train too", PROJECTIONS="all", **EXPERTS_ALONE),
+    "usaf-experts-static": usaf("never reselected", RESELECT_EVERY=0, **EXPERTS_ALONE),
+    "usaf-experts-frozen-router": usaf("routers frozen", ROUTER_LR=0, **EXPERTS_ALONE),
+    "usaf-experts-default": usaf("at the default rates", guess=0.0, ROUTER_LR="5e-5", **EXPERTS_ALONE),
+    "usaf-experts-default-10": usaf("at the default rates, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
+                                    RESELECT_EVERY=10, **EXPERTS_ALONE),
+    "usaf-experts-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5, **EXPERTS_ALONE),
     "lab": lab("the method with PROJECTIONS=all on dense weights, the baseline of the others"),
     "lab-original": lab("on the unquantised base", base="original"),
     "lab-group-64": lab("on a base with a scale for every 64 weights", base="hqq4-64"),
@@ -149,7 +183,14 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
                             RESELECT_EVERY=10),
     "usaf-every-20": usaf("reselected every 20 steps", RESELECT_EVERY=20),
+    "usaf-drop-10": usaf("10% dropped at first", DROP_FRACTION=0.1),
     "usaf-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5),
+    "usaf-until-85": usaf("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),
+    "usaf-samples-256": usaf("importance from 256 sequences", IMPORTANCE_SAMPLES=256),
+    "usaf-frozen-head": usaf("the head frozen", TRAIN_HEAD=0),
+    "usaf-frozen-norms": usaf("norms frozen", TRAIN_NORMS=0),
+    "usaf-router-1e-3": usaf("routers at 1e-3", ROUTER_LR=1e-3),
+    "usaf-router-3e-3": usaf("routers at 3e-3", ROUTER_LR=3e-3),
     "usaf-floor-0": usaf("cosine to 0", LR_FLOOR=0),
     "usaf-warmup-0.2": usaf("warm-up of a fifth", WARMUP=0.2),
     "usaf-clip-0.3": usaf("gradients clipped at 0.3", GRAD_CLIP=0.3),
@@ -210,12 +251,15 @@ def trained_blocks(session: Any) -> list[str]:
 
 
 def budget_of(bed: Bed, session: Any) -> int:
-    """Weights that USAF trains: FRAC of every expert tensor of the trained layers, and their routers."""
+    """Weights that USAF trains: FRAC of every expert tensor of the trained layers, and their routers and norms."""
     config = session.checkpoint.config.get_text_config()
     shapes = expert_shapes(session)
     blocks = trained_blocks(session)
     routers = len(blocks) * shapes[blocks[0]][0][0] * config.hidden_size
-    return routers + sum(max(1, int(math.prod(s) * bed.frac)) for n in blocks for s in shapes[n])
+    norms = [n for n, w in session.checkpoint.plan.shapes.items() if len(w) == 1 and n.endswith("norm.weight")
+             and (".layers." not in n or int(n.split(".layers.")[1].split(".")[0]) >= session.start)]  # fmt: skip
+    whole = routers + sum(session.checkpoint.plan.shapes[n].numel() for n in norms)
+    return whole + sum(max(1, int(math.prod(s) * bed.frac)) for n in blocks for s in shapes[n])
 
 
 def expert_shapes(session: Any) -> dict[str, list[tuple[int, int, int]]]:
@@ -345,7 +389,8 @@ def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any
 
 
 def adapter_targets(session: Any, groups: tuple[str, ...]) -> list[tuple[int, list[str], list[str]]]:
-    """Of every trained layer: (weights of an adapter of rank 1, attention modules, expert parameters)."""
+    """Of every trained layer, and of the head as one more: (weights of an adapter of rank 1, linear modules, expert
+    parameters)."""
     config, shapes = session.checkpoint.config.get_text_config(), expert_shapes(session)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wide, narrow = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -359,6 +404,8 @@ def adapter_targets(session: Any, groups: tuple[str, ...]) -> list[tuple[int, li
             modules = [f"{block.rpartition('.mlp')[0]}.self_attn.{p}" for p in ATTENTION]
             per_rank += 2 * (config.hidden_size + wide) + 2 * (config.hidden_size + narrow)
         found.append((per_rank, modules, parameters))
+    if "head" in groups:
+        found.append((config.hidden_size + config.vocab_size, ["lm_head"], []))
     return found
 
 
@@ -385,7 +432,7 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     with tempfile.TemporaryDirectory() as folder:
         for unit in units if in_16_bits else ():
             unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=False)  # a tied head has the base's
         fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)
         figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
         size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
@@ -476,13 +523,14 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
         return True
 
     trainer.run(after_step)
-    moved = moved_by_delta(trainer.delta({}), {n: b.expert_size for n, b in trainer.banks.items()})
-    routers = sum(w.numel() for w in trainer.router_weights.values())
+    sizes = {n: b.part_size for moe in trainer.trained for n, b in zip(moe.names, moe.banks, strict=True)}
+    moved = moved_by_delta(trainer.delta({}), sizes)
+    whole = sum(w.numel() for w in trainer.whole().values())
     return trainer, {
         "losses": losses, "step_seconds": sorted(seconds)[len(seconds) // 2],
-        "diverged": not math.isfinite(losses[-1]), "trainable_parameters": trainer.active_parameters() + routers,
+        "diverged": not math.isfinite(losses[-1]), "trainable_parameters": trainer.active_parameters() + whole,
         "half_overlap": found.half_overlap, "importance_seconds": importance_seconds, "turnover": turnover,
-        "experts": sum(b.num_experts for b in trainer.banks.values()) // 2, "experts_moved": sum(moved.values()),
+        "experts": sum(moe.banks[0].num_experts for moe in trainer.trained), "experts_moved": sum(moved.values()),
     }  # fmt: skip
 
 

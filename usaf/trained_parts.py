@@ -1,0 +1,72 @@
+"""What trains beside experts and routers: the output layer, sparsely, and the norms, whole.
+
+A head trains only where the logits are what it returns (`SparseModel.plain_head`): a scaled or capped one is frozen.
+Norms are the one-dimensional weights of the trained layers, but for those in experts and routers, and those of what
+follows the last layer. They are fp32 masters, as routers are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from usaf.model import SparseModel, master_dtype
+from usaf.sparse_head import SparseHead
+
+
+def open_head(model: SparseModel) -> bool:
+    """Put a `SparseHead` in the place of the output layer. False where this head cannot train."""
+    layer = model.plain_head
+    if layer is None:
+        return False
+    name = next(name for name, module in model.model.named_modules() if module is layer)
+    model.head, model.head_name = SparseHead(layer), f"{name}.weight"
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.model.get_submodule(parent), attribute, model.head)
+    return True
+
+
+def open_norms(model: SparseModel, start: int) -> None:
+    """Make fp32 masters (float64 where the model computes in that) of the norms that train from layer `start` on."""
+    for name, module in trained_norms(model, start).items():
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+        model.norms[f"{name}.weight"] = weight
+        if model.backend.compute_dtype in (torch.float16, torch.bfloat16):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.float32)
+            module.forward = functools.partial(in_fp32, module.forward)
+        weight.data = weight.data.to(master_dtype(model.backend))
+
+
+def trained_norms(model: SparseModel, start: int) -> dict[str, nn.Module]:
+    """Module name -> the module."""
+    apart = [moe.names[0].rpartition(".")[0] for moe in model.moe]
+    apart += [moe.router_name.rpartition(".")[0] for moe in model.moe]
+    found = {}
+    for name, module in model.model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 1 or name not in model.handover.called:
+            continue
+        if any(f"{name}.".startswith(f"{other}.") for other in apart):
+            continue
+        if name.startswith(f"{model.layers_name}."):
+            trains = int(name[len(model.layers_name) + 1 :].split(".")[0]) >= start
+        else:
+            trains = name in model.handover.after_layers
+        if trains:
+            found[name] = module
+    return found
+
+
+def in_fp32(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A module's forward in the type of its fp32 weights, and its result in the type that came in."""
+    narrow = next(a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())
+
+    def widened(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return forward(*(widened(a) for a in args), **{k: widened(v) for k, v in kwargs.items()}).to(narrow)
