@@ -56,15 +56,21 @@ def test_every_evaluation_set_has_its_own_rows(bed: Bed) -> None:
     assert len({r.fingerprint() for r in rows.values()}) == 4
 
 
-@pytest.mark.parametrize("projections", ["down", "all"])
+@pytest.mark.parametrize(("projections", "also"), [("down", 1), ("all", 1), ("down", 0)])
 @pytest.mark.parametrize("name", ["usaf", "usaf-static", "usaf-frozen-router"])
 def test_the_product_and_masked_dense_weights_train_alike(
-    bed: Bed, name: str, projections: str, monkeypatch: pytest.MonkeyPatch
+    bed: Bed, name: str, projections: str, also: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two implementations that share the optimizer's formulas and nothing of gradients, masks or experts."""
-    further = {**SETTINGS, **ARMS[name].options, "PROJECTIONS": projections}
-    same: dict[str, Any] = {"usaf-static": {"reselect_every": 0}, "usaf-frozen-router": {"whole": ()}}.get(name, {})
-    same["sparse"] = ("experts",) if projections == "all" else ("down",)
+    """Two implementations that share the optimizer's formulas and nothing of gradients, masks, experts or head.
+
+    also: whether head and norms train.
+    """
+    further = {**SETTINGS, **ARMS[name].options, "PROJECTIONS": projections, "TRAIN_HEAD": f"{also}",
+               "TRAIN_NORMS": f"{also}"}  # fmt: skip
+    same: dict[str, Any] = {"reselect_every": 0} if name == "usaf-static" else {}
+    same["whole"] = (*(("router",) if name != "usaf-frozen-router" else ()), *(("norms",) if also else ()))
+    same["sparse"] = ("experts" if projections == "all" else "down", *(("head",) if also else ()))
+    same["untie"] = bool(also)
     monkeypatch.setitem(EVERY, "judge", Arm("lab", 5e-3, "", same))
     product = run_arm(bed, name, 5e-3, 0, further)
     judge = run_arm(bed, "judge", 5e-3, 0, further)

@@ -22,7 +22,7 @@ from operators import OperatorRecorder, directml_fallbacks, directml_types, mixe
 from source_checkpoints import to_int4, to_mxfp4
 from torch import Tensor
 
-from usaf import expert_bank, experts, head_loss
+from usaf import experts, head_loss, sparse_weights
 from usaf.data import DataOrder, Rows
 from usaf.delta import load_delta, save_delta
 from usaf.devices import Backend
@@ -219,7 +219,9 @@ def use_device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "INDEX_ADD_DEVICES", ())
     monkeypatch.setattr(experts, "runs_fused", lambda *_: False)
     monkeypatch.setattr(head_loss, "runs_fused", lambda *_: False)
-    monkeypatch.setattr(expert_bank, "sampled_gradient", lambda *arguments: sampled_gradient_reference(*arguments[:4]))
+    monkeypatch.setattr(
+        sparse_weights, "sampled_gradient", lambda *arguments: sampled_gradient_reference(*arguments[:4])
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_a_checkpoint_of_device_tensors_resumes_to_the_bit(family: str, courses:
         for name, tensor in expected.tensors.items():
             assert torch.equal(found.tensors[name].cpu(), tensor.cpu()), name
         device_names = {name for name, tensor in found.tensors.items() if isinstance(tensor, FakeTensor)}
-        assert {name.partition("/")[0] for name in device_names} == {"active", "delta", "router", "adam"}
+        assert {name.partition("/")[0] for name in device_names} == {"active", "delta", "whole", "adam"}
 
 
 @needs_fake_device
@@ -306,7 +308,7 @@ def test_the_delta_of_device_tensors_is_the_one_trained(courses: Courses, tmp_pa
         active = {name: to_host(bank.active) for name, bank in trainer.banks.items()}
     loaded = load_delta(tmp_path / "delta.safetensors")
     for name, bank in trainer.banks.items():
-        indices, values = loaded.experts[name]
+        indices, values = loaded.sparse[name]
         assert torch.equal(indices, active[name])
         assert torch.equal(values, to_host(bank.delta.detach()))
         assert bool((values != 0).any())

@@ -96,8 +96,9 @@ def loaded(folder: Path, dtype: Any = torch.float32) -> dict[str, Tensor]:
 def deltas(run: Run) -> dict[str, Tensor]:
     """Parameter -> its delta as transformers lays it out, dense, zero where nothing is trained."""
     found = {}
-    shapes = {name: entry.shape for name, entry in read_store(run.model / FILE_NAME).entries.items()}
     model = Checkpoint(run.model).model
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}  # of the head, beside the experts
+    shapes |= {name: entry.shape for name, entry in read_store(run.model / FILE_NAME).entries.items()}
     with safe_open(run.delta, "pt") as file:
         for name in file.keys():  # noqa: SIM118
             if name.endswith(".indices"):
@@ -105,7 +106,7 @@ def deltas(run: Run) -> dict[str, Tensor]:
                 dense = torch.zeros(torch.Size(shapes[target]).numel())
                 dense[file.get_tensor(name).long()] = file.get_tensor(f"{target}.values")
                 dense = dense.reshape(shapes[target])
-                transposed = model.get_submodule(target.rpartition(".")[0]).is_transposed
+                transposed = getattr(model.get_submodule(target.rpartition(".")[0]), "is_transposed", False)
                 found[target] = dense.transpose(1, 2) if transposed else dense
     assert found
     assert all(bool((dense != 0).any()) for dense in found.values())
@@ -124,7 +125,8 @@ def bases(run: Run) -> dict[str, Tensor]:
     return found
 
 
-def routers(run: Run) -> dict[str, Tensor]:
+def whole(run: Run) -> dict[str, Tensor]:
+    """Routers and norms."""
     with safe_open(run.delta, "pt") as file:
         return {n: file.get_tensor(n) for n in file.keys() if not n.endswith((".indices", ".values"))}  # noqa: SIM118
 
@@ -145,8 +147,8 @@ def test_onto_the_original_weights(run_of: Callable[..., Run], family: str, tmp_
             assert not (moved & (trained[name] == 0)).any()
             active += int((trained[name] != 0).sum())
             changed += int(moved.sum())
-        elif name in routers(run):
-            assert torch.equal(after[name], routers(run)[name].to(torch.bfloat16).float()), name
+        elif name in whole(run):
+            assert torch.equal(after[name], whole(run)[name].to(torch.bfloat16).float()), name
         else:
             assert torch.equal(after[name], base), name
     assert (figures["active_nonzero_elements"], figures["changed_elements"]) == (active, changed)
@@ -163,7 +165,7 @@ def test_in_fp32_exactly_the_trained_weights_change(run_of: Callable[..., Run], 
     for name, dense in trained.items():
         assert torch.equal(after[name] != before[name], dense != 0), name
         assert torch.equal(after[name], before[name] + dense), name
-    for name, weight in routers(run).items():
+    for name, weight in whole(run).items():
         assert torch.equal(after[name], weight)
     assert figures["share_lost_to_rounding"] == 0
     assert figures["changed_elements"] == sum(int((dense != 0).sum()) for dense in trained.values())
@@ -195,9 +197,11 @@ def test_names_shards_types_and_untouched_bytes_are_the_sources(
     before, after = raw_tensors(run.model), raw_tensors(tmp_path / "out")
     assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
     changed = {n for n in before if before[n][2] != after[n][2]}
-    layers = [f"model.layers.{i}.mlp." for i in (2, 3)]
-    assert changed
-    assert all(n.startswith(tuple(layers)) and (".experts." in n or n.endswith(".gate.weight")) for n in changed)
+    layers = tuple(f"model.layers.{i}." for i in (2, 3))
+    experts = {n for n in changed if n.startswith(layers) and ".experts." in n}
+    assert experts
+    assert changed - experts <= {*whole(run), "lm_head.weight"}
+    assert {"lm_head.weight", "model.layers.2.mlp.gate.weight"} <= changed
     assert (tmp_path / "out" / INDEX_NAME).exists() == (shards > 1)
     if shards > 1:
         index = read_json(tmp_path / "out" / INDEX_NAME)
@@ -410,7 +414,7 @@ MISFITS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a name more": (lambda t: t.update({"model.layers.2.x.weight": torch.zeros(2)}), "model.layers.2.x.weight"),
     "a frozen layer's experts": (
         lambda t: t.update({n.replace("layers.2", "layers.0"): t[n].clone() for n in list(t) if "layers.2" in n}),
-        "model.layers.0.mlp",
+        "model.layers.0",
     ),
     "experts less": (lambda t: [t.pop(f"{UP}.{part}") for part in ("indices", "values")], UP),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import World, raw_tensors, read_json
 from source_checkpoints import LINEAR, to_fp8, to_fp8_channels, to_int4, to_mxfp4
-from test_export import SHORT, Run, bases, deltas, export, routers
+from test_export import SHORT, Run, bases, deltas, export, whole
 from test_source_formats import config_class
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -68,7 +68,7 @@ def test_trained_experts_come_out_in_16_bits(run_of: Callable[[str], Run], what:
     run, form = run_of(what), FORMATS[what]
     figures = export(run, tmp_path / "out", "--no-evaluate")
     before, after = loaded(run.model, form), loaded(tmp_path / "out", form)
-    trained, gates = deltas(run), routers(run)
+    trained, gates = deltas(run), whole(run)
     assert set(before) == set(after)
     changed = 0
     for name, base in before.items():
@@ -88,10 +88,10 @@ def test_the_rest_stays_byte_for_byte(run_of: Callable[[str], Run], what: str, t
     run, form = run_of(what), FORMATS[what]
     export(run, tmp_path / "out", "--no-evaluate")
     source, written = raw_tensors(run.model), raw_tensors(tmp_path / "out")
-    trained = ("model.layers.2.mlp.experts.", "model.layers.3.mlp.experts.")
-    kept = {name for name in source if not name.startswith(trained) and name not in routers(run)}
+    trained = ("model.layers.2.mlp.experts.", "model.layers.3.mlp.experts.", "lm_head.")
+    kept = {name for name in source if not name.startswith(trained) and name not in whole(run)}
     assert all(written[name] == source[name] for name in kept)
-    new = set(written) - kept - set(routers(run))
+    new = set(written) - kept - set(whole(run))
     assert all(name.startswith(trained) for name in new)
     assert {written[name][1] for name in new} == {"BF16"}
     formats = {name: stored.format for name, stored in Checkpoint(tmp_path / "out").stored.items()}
@@ -110,7 +110,7 @@ def test_int4_experts_come_out_in_all_layers(run_of: Callable[[str], Run], tmp_p
     run = run_of("int4")
     export(run, tmp_path / "out", "--no-evaluate")
     source, written = raw_tensors(run.model), raw_tensors(tmp_path / "out")
-    dense = {name for name in source if ".experts." not in name and name not in routers(run)}
+    dense = {name for name in source if ".experts." not in name and name not in (*whole(run), "lm_head.weight")}
     assert all(written[name] == source[name] for name in dense)
     assert {v[1] for v in written.values()} == {"BF16"}
     assert "quantization_config" not in read_json(tmp_path / "out" / "config.json")
@@ -132,13 +132,14 @@ def test_a_router_in_few_bits_comes_out_in_16(tmp_path: Path) -> None:
     run = Run(world.model, world.finished("short", **SHORT) / "delta.safetensors", world)
     export(run, tmp_path / "out", "--no-evaluate")
     source, written = raw_tensors(run.model), raw_tensors(tmp_path / "out")
-    assert {source[name][1] for name in routers(run)} == {"F8_E4M3"}
-    assert {written[name][1] for name in routers(run)} == {"BF16"}
+    routers = [name for name in whole(run) if name.endswith("mlp.gate.weight")]
+    assert {source[name][1] for name in routers} == {"F8_E4M3"}
+    assert {written[name][1] for name in whole(run)} == {"BF16"}
     left_alone = read_json(tmp_path / "out" / "config.json")["quantization_config"]["modules_to_not_convert"]
     layers = [f"model.layers.{i}.mlp" for i in (2, 3)]
     assert left_alone == [name for layer in layers for name in (f"{layer}.experts", f"{layer}.gate")]
     checkpoint = Checkpoint(tmp_path / "out")
-    for name, weight in routers(run).items():
+    for name, weight in whole(run).items():
         assert torch.equal(checkpoint.read(name), weight.to(torch.bfloat16))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, write_checkpoint
+from families import FAMILIES, VOCAB, write_checkpoint
 from runs import REPOSITORY, TINY, World, curve, delta_tensors, events, lasting, read_json, same_delta
 from safetensors import safe_open
 
@@ -69,6 +69,9 @@ def test_summary(world: World) -> None:
         int(0.05 * EXPERTS * size) for size in (2 * HIDDEN * INTERMEDIATE, HIDDEN * INTERMEDIATE) * 2
     )
     assert summary["router_parameters"] == 2 * EXPERTS * HIDDEN
+    experts, head = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE, VOCAB * HIDDEN  # PROJECTIONS=all
+    assert summary["head_parameters"] == pytest.approx(0.05 * experts * head / (head + experts), abs=4)
+    assert summary["norm_parameters"] == 2 * (2 * HIDDEN + 2 * 16) + HIDDEN  # of a layer two, and two of its heads'
     assert (summary["steps"], summary["steps_skipped"], summary["seed"]) == (12, 0, 0)
     assert summary["model"] == str(world.model)
     assert (summary["model_type"], summary["device"], summary["dtype"]) == ("qwen3_moe", "cpu", "float32")
@@ -167,7 +170,8 @@ def test_the_final_table_tells_the_summary(world: World, capsys: pytest.CaptureF
     assert world.train("table") == 0
     out = capsys.readouterr().out
     summary = read_json(world.runs / "table" / "summary.json")
-    assert f"{summary['active_parameters']:,} of {summary['expert_parameters']:,}" in out
+    of_experts = summary["active_parameters"] - summary["head_parameters"]
+    assert f"{of_experts:,} of {summary['expert_parameters']:,}" in out
     for e in summary["evaluations"]:
         line = next(li for li in out.splitlines() if li.startswith(f"perplexity {e['name']} "))
         assert f"{e['perplexity_before']:.3f}" in line
@@ -199,7 +203,7 @@ def test_delta_holds_what_was_trained_and_nothing_that_was_dropped(world: World)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with safe_open(folder / "checkpoints" / "step-000009" / "state.safetensors", "pt") as file:
         names = [name.removeprefix("active/") for name in file.keys() if name.startswith("active/")]  # noqa: SIM118
-    assert len(names) == 4
+    assert len(names) == 5
     for name in names:
         indices = tensors[f"{name}.indices"]
         assert torch.equal(indices.long(), state[f"active/{name}"])
@@ -319,7 +323,7 @@ def test_what_shapes_the_result_changes_it(world: World, changes: dict[str, str]
 
 def test_frozen_routers_are_not_in_the_delta(world: World) -> None:
     folder = world.finished("frozen-routers", ROUTER_LR="0")
-    assert all(name.endswith((".indices", ".values")) for name in delta_tensors(folder))
+    assert all(name.endswith((".indices", ".values", "norm.weight")) for name in delta_tensors(folder))
     assert read_json(folder / "summary.json")["router_parameters"] == 0
 
 

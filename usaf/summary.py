@@ -111,8 +111,9 @@ def final_table(summary: dict[str, Any]) -> str:
     moved, experts = (sum(layer[key] for layer in summary["experts_moved"]) for key in ("moved", "experts"))
     rate = summary["tokens_per_second"]
     facts = [
-        ["active weights", f"{summary['active_parameters']:,}, of them {summary['head_parameters']:,} in the head; "
-         f"experts have {summary['expert_parameters']:,}"],
+        ["active weights of experts", f"{summary['active_parameters'] - summary['head_parameters']:,} of "
+         f"{summary['expert_parameters']:,}"],
+        ["active weights of the head", f"{summary['head_parameters']:,}"],
         ["router and norm weights", f"{summary['router_parameters']:,} and {summary['norm_parameters']:,}"],
         ["experts moved", f"{moved} of {experts}"],
         ["training speed", f"{rate:.0f} tokens/s" if rate else "not measured"],

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from comparison.bed import Loads, batch_loss
 from comparison.dense import Trained, Unit, train
 from usaf.errors import UserError
+from usaf.importance import active_counts, head_share
 from usaf.loss import count_targets
 from usaf.optimizer import Adam
 from usaf.selection import drop_fraction_at
@@ -159,8 +160,33 @@ class Lab:
             flat = torch.cat([s.reshape(-1) for s in scores.values()])
             least = flat.kthvalue(len(flat) - budget + 1).values
             return {n: (s.reshape(-1) >= least).nonzero().squeeze(1) for n, s in scores.items()}
-        total = sum(numel.values())
-        return {n: best(s, max(1, budget * numel[n] // total)) for n, s in scores.items()}
+        counts = self.counts_of_product(numel)
+        if counts is None:
+            total = sum(numel.values())
+            counts = {n: max(1, budget * size // total) for n, size in numel.items()}
+        return {n: best(s, counts[n]) for n, s in scores.items()}
+
+    def counts_of_product(self, numel: dict[str, int]) -> dict[str, int] | None:
+        """As many weights of each tensor as USAF trains, to the last one; None where it has no such choice of tensors.
+
+        numel: of each tensor that trains sparsely.
+        """
+        sparse, frac = set(self.recipe.sparse), self.values.frac
+        if self.adapters() or not (sparse <= {"experts", "head"} or sparse <= {"down", "head"}):
+            return None
+        experts = {n: p.numel() for n, p in group(self.model, "experts", self.session.start).items()}
+        blocks = sorted({n.rpartition(".")[0] for n in experts})
+        layers = [(experts[f"{b}.gate_up_proj"], experts[f"{b}.down_proj"]) for b in blocks]
+        head = [n for n in numel if n not in experts]
+        which = "down" if "down" in sparse else "all"
+        share = head_share(sum(numel[n] for n in head), layers, which) if head else 0.0
+        counts = {}
+        for block, (up, down) in zip(blocks, layers, strict=True):
+            of_up, counts[f"{block}.down_proj"] = active_counts(up, down, frac, which, share)
+            if which == "all":
+                counts[f"{block}.gate_up_proj"] = of_up
+        in_all = sum(sum(active_counts(up, down, frac, which)) for up, down in layers)
+        return counts | {n: in_all - sum(counts.values()) for n in head}
 
     def scores(self, tensors: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         recipe = self.recipe
