@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from usaf import head_loss, sparse_head
-from usaf.importance import part_gradient
+from usaf import head_loss, importance, sparse_head
+from usaf.importance import grow_candidates, part_gradient, score_bank
 from usaf.linear import FrozenLinear
 from usaf.sparse_head import HeadGradients, SparseHead
 
@@ -148,7 +148,7 @@ def test_its_dense_gradient_is_formed_again_from_what_was_captured(block: int, m
     head.captured = []
     for part in (slice(0, 9), slice(9, ROWS)):
         found = head_loss.loss_and_gradients(head, hidden[part], targets[part])
-        head.receive(hidden[part], targets[part], found.normaliser, found.delta, 0.25)
+        head.receive(hidden[part], targets[part], found, 0.25)
     captured = HeadGradients.joined(head.captured).scaled(0.5)
     assert len(captured.starts) == head.num_parts + 1
     assert head.delta.grad is not None
@@ -165,6 +165,49 @@ def test_its_dense_gradient_is_formed_again_from_what_was_captured(block: int, m
             of_delta = head.delta_gradient(factors, torch.float32, chosen)
             torch.testing.assert_close(of_delta, whole.view(-1)[places], rtol=1e-4, atol=1e-6)
         assert factors.is_finite()
+        for p in range(head.num_parts):
+            first, end = head.rows_of(p)
+            largest = whole[first:end].abs().amax(1)
+            assert bool((factors.bounds(p) * (1 + 1e-3) >= largest).all()), "not a bound"
+            some = torch.arange(0, end - first, 3)
+            alone = part_gradient(head, [factors], p, rows=some)
+            torch.testing.assert_close(alone[some], whole[first:end][some], rtol=1e-5, atol=1e-7)
+            assert int(alone.abs().sum(1).count_nonzero()) <= len(some)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_rows_that_cannot_have_the_best_are_not_formed(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a vocabulary of which a text uses a few words; what is chosen is the same as when all rows are formed."""
+    monkeypatch.setattr(sparse_head, "BLOCK_ELEMENTS", 50 * WIDTH)
+    generator = torch.Generator().manual_seed(3)
+    head = SparseHead(FrozenLinear(0.5 * torch.randn(1003, WIDTH, generator=generator), None))
+    factors = []
+    for _ in range(4):
+        hidden = torch.randn(200, WIDTH, generator=generator)
+        targets = torch.randint(0, 30, (200,), generator=generator) ** 2
+        head.captured = []
+        head.receive(hidden, targets, head_loss.loss_and_gradients(head, hidden, targets), 1 / 800)
+        factors += head.take_captured()
+    formed: list[int] = []
+    true = HeadGradients.part
+
+    def counting(self: HeadGradients, p: int, dtype: torch.dtype, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        found = true(self, p, dtype, rows)
+        formed.append(found[0].shape[1])
+        return found
+
+    monkeypatch.setattr(HeadGradients, "part", counting)
+    kept = torch.arange(0, 1003 * WIDTH, 97)
+    chosen = score_bank(head, factors, 60), grow_candidates(head, factors, kept, 40)
+    few = sum(formed)
+    formed.clear()
+    monkeypatch.setattr(importance, "FEW_ROWS", -1.0)
+    everything = score_bank(head, factors, 60), grow_candidates(head, factors, kept, 40)
+    assert torch.equal(chosen[0][0], everything[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(chosen[0][1], everything[0][1], strict=True))
+    assert torch.equal(chosen[1], everything[1])
+    assert sum(formed) == 2 * 4 * 1003
+    assert few < 0.7 * sum(formed)
 
 
 def test_in_16_bits_sums_are_wide_and_weights_rounded_once() -> None:

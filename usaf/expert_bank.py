@@ -70,7 +70,10 @@ class PairGradients(Factors):
     def dtype(self) -> torch.dtype:
         return self.inputs.dtype
 
-    def part(self, p: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def part(
+        self, p: int, dtype: torch.dtype = torch.float32, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert outputs is None, "there is nothing to save"
         pairs = slice(self.starts[p], self.starts[p + 1])
         x = self.inputs[pairs] if self.input_token is None else self.inputs.index_select(0, self.input_token[pairs])
         if self.output_token is None:

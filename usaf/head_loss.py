@@ -15,13 +15,12 @@ has the plain version, for every other head; a frozen head runs here on the CPU 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from usaf.linear import FrozenLinear
-from usaf.sparse_head import SparseHead, wide_dtype
+from usaf.sparse_head import HeadLoss, SparseHead, wide_dtype
 from usaf.workers import number_of_workers, run_shares, shares
 
 
@@ -37,16 +36,6 @@ class BlockOfLogits:
     tokens: Tensor
     targets: Tensor
     of_targets: Tensor  # their logits
-
-
-class HeadLoss(NamedTuple):
-    """loss: the summed negative log-likelihood; hidden: its gradient at the hidden states [n, H]; delta: that at the
-    head's deltas [trained], None where it has none; normaliser: [n]."""
-
-    loss: float
-    hidden: Tensor
-    delta: Tensor | None
-    normaliser: Tensor
 
 
 def runs_fused(hidden: Tensor) -> bool:
@@ -66,6 +55,9 @@ def loss_and_gradients(layer: FrozenLinear | SparseHead, hidden: Tensor, targets
     head = as_sparse(layer)
     loss, normaliser, blocks = _logits(head, hidden, targets, keep=True)
     of_delta = torch.zeros(len(head.delta), dtype=normaliser.dtype, device=hidden.device)
+    squares = None
+    if head.captured is not None:
+        squares = torch.zeros(head.out_features, dtype=normaliser.dtype, device=hidden.device)
 
     @torch.no_grad()
     def work(parts: list[int]) -> Tensor:
@@ -74,6 +66,8 @@ def loss_and_gradients(layer: FrozenLinear | SparseHead, hidden: Tensor, targets
         for block in (blocks[part] for part in parts):
             dz = block.exponentials.mul_((block.largest - normaliser).exp_().unsqueeze(1))
             dz[block.tokens, block.targets] -= 1.0
+            if squares is not None:
+                squares[slice(*head.rows_of(block.part))] = dz.square().sum(0)
             dz = dz.to(hidden.dtype)
             _add_product(gradient, dz, head.block(block.part, hidden.dtype, buffer=buffer))
             span = head.span(block.part)
@@ -84,7 +78,7 @@ def loss_and_gradients(layer: FrozenLinear | SparseHead, hidden: Tensor, targets
     gradient, *others = run_shares(work, _shares(head, hidden))
     for other in others:
         gradient += other
-    return HeadLoss(loss, gradient.to(hidden.dtype), of_delta if len(of_delta) else None, normaliser)
+    return HeadLoss(loss, gradient.to(hidden.dtype), of_delta if len(of_delta) else None, normaliser, squares)
 
 
 def as_sparse(layer: FrozenLinear | SparseHead) -> SparseHead:

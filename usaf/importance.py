@@ -197,9 +197,7 @@ class _Head:
         normed = self.model.run_layers(batch, self.model.num_layers, self.model.num_layers, h)
         _, gradient = loss_and_gradient(self.model, normed, batch, self.chunk_tokens, self.scale)
         if head is not None:
-            if head.captured:
-                self.captured.append(HeadGradients.joined(head.captured).kept(self.memory))
-            head.captured = None
+            self.captured.extend(factors.kept(self.memory) for factors in head.take_captured())
         return torch.autograd.grad(normed, h, gradient)[0]
 
 
@@ -283,22 +281,48 @@ ROWS_AT_ONCE = 1024
 those of the head, which all tokens meet, do not."""
 
 
+FEW_ROWS = 0.75
+"""Share of a part's rows above which all of them are formed."""
+
+
 def part_gradient(
-    weights: SparseWeights[Any], backwards: Sequence[Factors], p: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The exact dense gradient [out, in] of part p over all given backwards."""
+    weights: SparseWeights[Any], backwards: Sequence[Factors], p: int, dtype: torch.dtype = torch.float32,
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The exact dense gradient [out, in] of part p over all given backwards; with `rows` (int64) of these alone, zeros
+    elsewhere."""
     total: Tensor | None = None
     waiting: list[tuple[Tensor, Tensor]] = []
     used = [b for b in backwards if b.starts[p] < b.starts[p + 1]]
     for i, backward in enumerate(used):
-        waiting.append(backward.part(p, dtype))
+        waiting.append(backward.part(p, dtype, rows))
         if sum(len(x) for _, x in waiting) >= ROWS_AT_ONCE or i == len(used) - 1:
             dy, x = (torch.cat(both) if len(both) > 1 else both[0] for both in zip(*waiting, strict=True))
             total = dy.t() @ x if total is None else total.addmm_(dy.t(), x)
             waiting = []
-    if total is None:
-        return torch.zeros(weights.part_rows, weights.part_columns, dtype=dtype, device=weights.device)
-    return total
+    if rows is None and total is not None:
+        return total
+    whole = torch.zeros(weights.rows_in(p), weights.part_columns, dtype=dtype, device=weights.device)
+    return whole if rows is None or total is None else whole.index_copy_(0, rows, total)
+
+
+def promising_rows(p: int, wanted: Sequence[tuple[Sequence[Factors], float]]) -> Tensor | None:
+    """The rows of part p whose gradient, over some of the sets of backwards, may have an entry as large as its least;
+    int64, None for all. wanted: (backwards, least size that is wanted of their sum)."""
+    found: Tensor | None = None
+    for backwards, least in wanted:
+        bounds = [backward.bounds(p) for backward in backwards]
+        if not bounds or any(b is None for b in bounds):
+            return None
+        total = torch.stack([b for b in bounds if b is not None]).sum(0)
+        here = total * (1 + BOUND_ERROR) >= least
+        found = here if found is None else found | here
+    assert found is not None
+    return None if int(found.sum()) > FEW_ROWS * len(found) else found.nonzero().squeeze(1)
+
+
+BOUND_ERROR = 1e-3
+"""Relative rounding of bounds and gradients in fp32, generously."""
 
 
 def score_bank(
@@ -312,8 +336,12 @@ def score_bank(
 
     def score(e: int) -> None:
         first = e * bank.part_size
-        gradient_even = part_gradient(bank, pairs[0::2], e)
-        gradient_odd = part_gradient(bank, pairs[1::2], e)
+        halves = pairs[0::2], pairs[1::2]
+        rows = promising_rows(e, [(halves[0], even.threshold()), (halves[1], odd.threshold()),
+                                  (pairs, whole.threshold())])  # fmt: skip
+        if rows is not None and len(rows) == 0:
+            return
+        gradient_even, gradient_odd = (part_gradient(bank, half, e, rows=rows) for half in halves)
         even.update(gradient_even.reshape(-1), first)
         odd.update(gradient_odd.reshape(-1), first)
         whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
@@ -327,7 +355,9 @@ def grow_candidates(bank: SparseWeights[Any], pairs: Sequence[Factors], kept: Te
     best = RunningTopK(count)
 
     def offer(e: int) -> None:
-        best.update(part_gradient(bank, pairs, e).reshape(-1), e * bank.part_size, exclude=kept)
+        rows = promising_rows(e, [(pairs, best.threshold())])
+        if rows is None or len(rows):
+            best.update(part_gradient(bank, pairs, e, rows=rows).reshape(-1), e * bank.part_size, exclude=kept)
 
     _for_each_part(bank, pairs, offer)
     return best.indices()

@@ -81,9 +81,10 @@ def loss_and_gradient(
         p, t = p.to(device), t.to(device)
         chunk = flat.index_select(0, p)
         if head is not None:
-            loss, chunk_gradient, of_delta, normaliser = head_loss.loss_and_gradients(head, chunk, t)
+            found = head_loss.loss_and_gradients(head, chunk, t)
+            loss, chunk_gradient = found.loss, found.hidden
             if isinstance(head, SparseHead):
-                head.receive(chunk, t, normaliser, of_delta, scale)
+                head.receive(chunk, t, found, scale)
         else:
             loss, chunk_gradient = _loss_and_gradient(model, chunk, t)
         sums.append(loss)

@@ -97,6 +97,11 @@ class RunningTopK:
             if self._held_count > HELD * self._k:
                 self._compress()
 
+    def threshold(self) -> float:
+        """No score below it can be among the k best any more."""
+        with self._lock:
+            return self._threshold
+
     def indices(self) -> Tensor:
         """The chosen flat indices, int64 sorted ascending."""
         return self._compressed()[0]

@@ -5,8 +5,13 @@ Its base is the checkpoint's own weight, in the type it is stored in and never w
 file, or the embeddings' (a head that shares these is trained alone: the input side stays as it is).
 
 What weight gradients need of a backward would be dz for every logit, 600 KB a token at a vocabulary of 151,936. Kept
-are the hidden state, the target and the row's log-normaliser instead, from which dz = exp(z - lse) - onehot(target) is
-formed again a block at a time, with the deltas as they were.
+are the hidden state x, the target and the log-normaliser of each token instead, from which dz = exp(z - lse) -
+onehot(target) is formed again a block at a time, with the deltas as they were. And, for each row r of the weight, the
+sum of dz_r^2 over the tokens: by Cauchy and Schwarz
+
+    |dW[r, c]| <= |dz_r| |x_c|,
+
+so rows that cannot have one of the largest gradients, in language most of them, need not be formed again at all.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +43,18 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class HeadLoss(NamedTuple):
+    """Of n tokens, by `head_loss`. loss: the summed negative log-likelihood; hidden: its gradient at the hidden states
+    [n, H]; delta: that at the head's deltas [trained], None where it has none; normaliser: [n]; squares: see
+    `HeadGradients`, None unless the head captures."""
+
+    loss: float
+    hidden: Tensor
+    delta: Tensor | None
+    normaliser: Tensor
+    squares: Tensor | None
+
+
 @dataclass(frozen=True)
 class HeadGradients(Factors):
     """n tokens that met the head in one backward."""
@@ -45,6 +63,7 @@ class HeadGradients(Factors):
     inputs: Tensor  # [n, H]
     targets: Tensor  # int64 [n]
     normaliser: Tensor  # [n], log of the sum of exponentials, fp32 or float64
+    squares: Tensor  # [vocabulary]: sum of dz^2 over the tokens
     deltas: Deltas  # as they were
     loss_scale: float  # of the gradient: 1 / targets of the step
     scale: float = 1.0  # of the gradient as a whole, where its step was clipped
@@ -58,12 +77,31 @@ class HeadGradients(Factors):
         return self.inputs.dtype
 
     @torch.no_grad()
-    def part(self, p: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        logits = self.head.block_logits(p, self.inputs, self.head.block(p, self.inputs.dtype, self.deltas))
+    def part(
+        self, p: int, dtype: torch.dtype = torch.float32, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        weight = self.head.block(p, self.inputs.dtype, self.deltas)
+        if outputs is not None:
+            weight = weight.index_select(0, outputs)
+        logits = self.head.block_logits(p, self.inputs, weight, outputs)
         dz = logits.sub_(self.normaliser.unsqueeze(1)).exp_()
         at, within = self.head.targets_in(p, self.targets)
+        if outputs is not None:
+            place = torch.full((self.head.part_rows,), -1, device=within.device)
+            place[outputs.to(torch.int64)] = torch.arange(len(outputs), device=within.device)
+            within = place[within]
+            at, within = at[within >= 0], within[within >= 0]
         dz[at, within] -= 1.0
         return dz.mul_(self.loss_scale * self.scale).to(dtype), self.inputs.to(dtype)
+
+    @cached_property
+    def largest_column(self) -> Tensor:
+        """max |x_c|."""
+        return self.inputs.to(self.squares.dtype).square().sum(0).amax().sqrt()
+
+    def bounds(self, p: int) -> Tensor:
+        first, end = self.head.rows_of(p)
+        return self.squares[first:end].sqrt() * (self.largest_column * (self.loss_scale * self.scale))
 
     def scaled(self, scale: float) -> HeadGradients:
         return dataclasses.replace(self, scale=scale)
@@ -73,7 +111,8 @@ class HeadGradients(Factors):
 
     def tensors(self) -> dict[str, Tensor]:
         return {
-            "inputs": self.inputs, "targets": self.targets, "normaliser": self.normaliser, "delta": self.deltas.values,
+            "inputs": self.inputs, "targets": self.targets, "normaliser": self.normaliser, "squares": self.squares,
+            "delta": self.deltas.values,
             "loss_scale": torch.tensor(self.loss_scale, dtype=torch.float64),
         }  # fmt: skip
 
@@ -86,6 +125,7 @@ class HeadGradients(Factors):
         return dataclasses.replace(
             entries[0], inputs=torch.cat([e.inputs for e in entries]), targets=torch.cat([e.targets for e in entries]),
             normaliser=torch.cat([e.normaliser for e in entries]),
+            squares=torch.stack([e.squares for e in entries]).sum(0),
         )  # fmt: skip
 
 
@@ -117,11 +157,11 @@ class SparseHead(SparseWeights[HeadGradients]):
         return self.weight[first:end].to(dtype)
 
     def restored(self, named: dict[str, Tensor]) -> HeadGradients:
-        inputs, targets, normaliser, delta = (
-            named[name].to(self.device) for name in ("inputs", "targets", "normaliser", "delta")
+        inputs, targets, normaliser, squares, delta = (
+            named[name].to(self.device) for name in ("inputs", "targets", "normaliser", "squares", "delta")
         )
         deltas = dataclasses.replace(self.present(), values=delta)  # no reselection has come between
-        return HeadGradients(self, inputs, targets, normaliser, deltas, float(named["loss_scale"]))
+        return HeadGradients(self, inputs, targets, normaliser, squares, deltas, float(named["loss_scale"]))
 
     def block(
         self, p: int, dtype: torch.dtype, deltas: Deltas | None = None, buffer: Tensor | None = None
@@ -138,12 +178,13 @@ class SparseHead(SparseWeights[HeadGradients]):
         deltas.add_to(weight, p)
         return weight.to(dtype)
 
-    def block_logits(self, p: int, hidden: Tensor, weight: Tensor) -> Tensor:
-        """[n, rows] of block p, whose weights are `weight`, in fp32 or float64."""
+    def block_logits(self, p: int, hidden: Tensor, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """[n, rows] of block p, or of some rows of it, whose weights are `weight`, in fp32 or float64."""
         z = (hidden @ weight.t()).to(wide_dtype(hidden.dtype))
         if self.bias is not None:
             first, end = self.rows_of(p)
-            z += self.bias[first:end]
+            bias = self.bias[first:end]
+            z += bias if rows is None else bias.index_select(0, rows)
         return z
 
     def targets_in(self, p: int, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,14 +200,21 @@ class SparseHead(SparseWeights[HeadGradients]):
         return torch.cat([F.linear(x, self.block(p, x.dtype), bias) for p, bias in enumerate(biases)], dim=-1)
 
     def receive(
-        self, inputs: Tensor, targets: Tensor, normaliser: Tensor, gradient: Tensor | None, loss_scale: float
+        self, inputs: Tensor, targets: Tensor, found: HeadLoss, loss_scale: float
     ) -> None:  # fmt: skip
         """What one chunk's backward gave: the deltas' gradient, unscaled, is added to `delta.grad`; and while
         `captured` is a list, what weight gradients need is kept."""
-        if gradient is not None and self.delta.requires_grad:
-            scaled = gradient.to(self.delta.dtype) * loss_scale
+        if found.delta is not None and self.delta.requires_grad:
+            scaled = found.delta.to(self.delta.dtype) * loss_scale
             self.delta.grad = scaled if self.delta.grad is None else self.delta.grad + scaled
         if self.captured is not None:
             now = self.present()
             deltas = self.captured[0].deltas if self.captured else dataclasses.replace(now, values=now.values.clone())
-            self.captured.append(HeadGradients(self, inputs, targets, normaliser, deltas, loss_scale))
+            assert found.squares is not None
+            self.captured.append(
+                HeadGradients(self, inputs, targets, found.normaliser, found.squares, deltas, loss_scale)
+            )
+
+    def take_captured(self) -> list[HeadGradients]:
+        captured = super().take_captured()
+        return [HeadGradients.joined(captured)] if captured else []

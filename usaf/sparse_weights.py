@@ -42,8 +42,14 @@ class Factors(ABC):
         """In which the backward ran."""
 
     @abstractmethod
-    def part(self, p: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(dY_p [n, out], X_p [n, in]) of the n rows of part p."""
+    def part(
+        self, p: int, dtype: torch.dtype = torch.float32, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(dY_p [n, out], X_p [n, in]) of the n rows of part p; of dY the columns that `outputs` names, where given."""
+
+    def bounds(self, p: int) -> Tensor | None:
+        """[out]: what no entry of a row of dW[p] exceeds in size, where that is known for less than dY costs."""
+        return None
 
     @abstractmethod
     def scaled(self, scale: float) -> Factors:
@@ -118,6 +124,10 @@ class SparseWeights(nn.Module, ABC, Generic[Captured]):
     def part_size(self) -> int:
         return self.part_rows * self.part_columns
 
+    def rows_in(self, p: int) -> int:
+        """Rows that part p has."""
+        return min(self.part_rows, self.numel // self.part_columns - p * self.part_rows)
+
     def set_active(self, active: Tensor, delta: Tensor) -> None:
         """Replace the trained set. active: int64 [n] sorted flat indices; delta: fp32 [n] (trainable if n or not).
 
@@ -180,6 +190,11 @@ class SparseWeights(nn.Module, ABC, Generic[Captured]):
             lost += int((unchanged & (delta != 0)).sum())
         return lost, moved
 
+    def take_captured(self) -> list[Captured]:
+        """What one backward has left, which is forgotten."""
+        captured, self.captured = self.captured or [], None
+        return captured
+
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def sampled(self, p: int, grad_output: Tensor, inputs: Tensor) -> Tensor:
@@ -207,7 +222,11 @@ class SparseWeights(nn.Module, ABC, Generic[Captured]):
         def work(parts: list[int]) -> None:
             for p in parts:
                 span = slice(starts[p], starts[p + 1])
-                sampled = sampled_gradient(*factors.part(p, dtype), rows[span], columns[span], row_starts[p])
+                within, begins, outputs = rows[span], row_starts[p], None
+                if factors.bounds(p) is not None:  # dY is formed for this: of the rows with weights alone
+                    outputs, within = torch.unique(within, return_inverse=True)
+                    begins = torch.cat([begins.index_select(0, outputs), begins[-1:]])
+                sampled = sampled_gradient(*factors.part(p, dtype, outputs), within, columns[span], begins)
                 gradient[span] = sampled.to(gradient.dtype)
 
         seen = factors.starts

@@ -168,8 +168,7 @@ class Trainer:
         if math.isfinite(loss):
             hidden.backward(gradient)
         for name, bank in self.banks.items():
-            self.captured[name] += [Captured(self.step, 1.0, self._kept(factors)) for factors in bank.captured or []]
-            bank.captured = None
+            self.captured[name] += [Captured(self.step, 1.0, self._kept(factors)) for factors in bank.take_captured()]
         return loss
 
     def _kept(self, factors: Factors) -> Factors:
