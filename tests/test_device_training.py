@@ -39,6 +39,7 @@ from usaf.run import RunFolder, load_checkpoint
 from usaf.selection import overlap
 from usaf.session import make_resident
 from usaf.settings import Settings
+from usaf.trained_parts import open_head, open_norms
 from usaf.trainer import ReselectResult, StepResult, Trainer
 
 LAYERS, START, STEPS = 3, 1, 6
@@ -100,6 +101,8 @@ def trainer_of(folder: Path, backend: Backend, cache: Path | None) -> Trainer:
     if backend.device.type != "cpu":
         for layer in range(START, model.num_layers):
             model.place(layer, backend.device)
+    assert open_head(model)
+    open_norms(model, START)
     order = DataOrder(len(rows), 3, SETTINGS.microbatch, seed=0)
     identity: dict[str, object] = {"model": model.base_fingerprint, "device": str(backend.device)}
     states = BoundaryStates(model, rows, order.chunks, START, torch.bfloat16, identity, cache)

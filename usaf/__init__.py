@@ -1,3 +1,3 @@
-"""USAF, Ultra Sparse Adaptive Fine-Tuning: trains about 0.5% of an MoE model's own expert weights, and its router."""
+"""USAF, Ultra Sparse Adaptive Fine-Tuning: trains about 0.5% of an MoE model's own weights, and its routers."""
 
 __version__ = "0.1.0"

@@ -20,22 +20,22 @@ import torch
 from torch import Tensor
 
 from usaf.linear import FrozenLinear
-from usaf.sparse_head import HeadLoss, SparseHead, wide_dtype
+from usaf.sparse_head import HeadLoss, SparseHead, subtract_one_hot, wide_dtype
 from usaf.workers import number_of_workers, run_shares, shares
 
 
 @dataclass
 class BlockOfLogits:
-    """Logits of one block: exp(z - m) [n, rows], m and s [n] (see the module); the tokens whose target lies in it, and
-    its place there."""
+    """Logits of one block: exp(z - m) [n, rows], m and s [n] (see the module); which tokens' targets lie in it, and
+    where; and the targets' logits, 0 of the others."""
 
     part: int
     exponentials: Tensor
     largest: Tensor
     summed: Tensor
-    tokens: Tensor
-    targets: Tensor
-    of_targets: Tensor  # their logits
+    here: Tensor
+    within: Tensor
+    of_targets: Tensor
 
 
 def runs_fused(hidden: Tensor) -> bool:
@@ -65,7 +65,7 @@ def loss_and_gradients(layer: FrozenLinear | SparseHead, hidden: Tensor, targets
         buffer = _buffer(head, hidden)
         for block in (blocks[part] for part in parts):
             dz = block.exponentials.mul_((block.largest - normaliser).exp_().unsqueeze(1))
-            dz[block.tokens, block.targets] -= 1.0
+            subtract_one_hot(dz, block.here, block.within)
             if squares is not None:
                 squares[slice(*head.rows_of(block.part))] = dz.square().sum(0)
             dz = dz.to(hidden.dtype)
@@ -103,20 +103,20 @@ def _logits(
         buffer, done = _buffer(head, hidden), []
         for p in parts:
             z = head.block_logits(p, hidden, head.block(p, hidden.dtype, buffer=buffer))
-            tokens, within = head.targets_in(p, targets)
-            of_targets = z[tokens, within]
+            here, within = head.targets_in(p, targets)
+            of_targets = torch.where(here, z.gather(1, within.unsqueeze(1)).squeeze(1), torch.zeros_like(z[:, 0]))
             largest = z.amax(1)
             z.sub_(largest.unsqueeze(1)).exp_()
-            done.append(BlockOfLogits(p, z if keep else z[:0], largest, z.sum(1), tokens, within, of_targets))
+            done.append(BlockOfLogits(p, z if keep else z[:0], largest, z.sum(1), here, within, of_targets))
         return done
 
     blocks = [block for done in run_shares(work, _shares(head, hidden)) for block in done]
     blocks.sort(key=lambda block: block.part)
-    of_target = torch.zeros(len(hidden), dtype=blocks[0].largest.dtype, device=hidden.device)
-    for block in blocks:
-        of_target[block.tokens] = block.of_targets
-    normaliser = torch.stack([block.summed.log() + block.largest for block in blocks]).logsumexp(0)
-    return float((normaliser - of_target).double().sum()), normaliser, blocks
+    of_target = torch.stack([block.of_targets for block in blocks]).sum(0)
+    largest = torch.stack([block.largest for block in blocks]).amax(0)
+    sums = [block.summed * (block.largest - largest).exp() for block in blocks]
+    normaliser = largest + torch.stack(sums).sum(0).log()
+    return float((normaliser - of_target).cpu().double().sum()), normaliser, blocks
 
 
 def _shares(head: SparseHead, hidden: Tensor) -> list[list[int]]:

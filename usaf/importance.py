@@ -7,9 +7,10 @@ is kept (`expert_bank.PairGradients`). Then one expert at a time gets its exact 
     dL/dW[e] = sum over its pairs of dY^T X,
 
 is scored by |gradient|, its best entries compete for the k places of the fused tensor, and it is freed. Memory grows
-with tokens, not with weights, and every expert's product sees the tokens of all samples.
+with tokens, not with weights, and every expert's product sees the tokens of all samples. An output layer that trains is
+scored first, a block of its rows at a time (`sparse_head`).
 
-The same pairs, captured from the last ordinary training steps, rank the candidates of a reselection
+The same factors, captured from the last ordinary training steps, rank the candidates of a reselection
 (`grow_candidates`).
 
 Left out: keeping the pairs of more than one layer, or on the disk, to decode each expert once for all chunks. An expert
@@ -73,18 +74,19 @@ def active_counts(up: int, down: int, fraction: float, projections: str, to_head
     return left - of_down, of_down
 
 
-def head_share(head: int, layers: Sequence[tuple[int, int]], projections: str) -> float:
-    """The head's part of all that trains: as it is of the tensors that do. head: its weights, 0 where it is frozen;
-    layers: those of each layer's two fused expert tensors."""
+def head_share(head: int, layers: Sequence[tuple[int, int]], fraction: float, projections: str) -> float:
+    """The head's part of all that trains: as it is of the tensors that do, and no more weights than it has. head: its
+    weights, 0 where it is frozen; layers: those of each layer's two fused expert tensors."""
     experts = sum(up + down if projections == "all" else down for up, down in layers)
-    return head / (head + experts)
+    in_all = sum(sum(active_counts(up, down, fraction, projections)) for up, down in layers)
+    return min(head / (head + experts), head / in_all)
 
 
 def counts_by_name(model: SparseModel, start: int, fraction: float, projections: str) -> dict[str, int]:
     """Fused tensor, or the head -> how many of its weights train: as many in all as without the head."""
     moes = model.moe_from(start)
     layers = [(moe.banks[0].numel, moe.banks[1].numel) for moe in moes]
-    to_head = head_share(model.head.numel if model.head is not None else 0, layers, projections)
+    to_head = head_share(model.head.numel if model.head is not None else 0, layers, fraction, projections)
     counts: dict[str, int] = {}
     in_all = 0
     for moe, (up, down) in zip(moes, layers, strict=True):
@@ -149,8 +151,10 @@ def find_important(
             overlaps.append(overlap(*halves))
             del pairs  # a layer's pairs are gone before the next layer's are captured
         if above is not None and model.head is not None:
-            active[model.head_name], halves = score_bank(model.head, head.captured, counts[model.head_name])
-            overlaps.append(overlap(*halves))
+            active[model.head_name] = torch.zeros(0, dtype=torch.int64)
+            if counts[model.head_name]:
+                active[model.head_name], halves = score_bank(model.head, head.captured, counts[model.head_name])
+                overlaps.append(overlap(*halves))
             head.captured.clear()
     half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
     return Importance(active, half_overlap, len(samples))
@@ -197,7 +201,8 @@ class _Head:
         normed = self.model.run_layers(batch, self.model.num_layers, self.model.num_layers, h)
         _, gradient = loss_and_gradient(self.model, normed, batch, self.chunk_tokens, self.scale)
         if head is not None:
-            self.captured.extend(factors.kept(self.memory) for factors in head.take_captured())
+            taken = head.take_captured()
+            self.captured.extend(f.kept(self.memory) if isinstance(self.memory, Workspace) else f for f in taken)
         return torch.autograd.grad(normed, h, gradient)[0]
 
 
@@ -311,11 +316,10 @@ def promising_rows(p: int, wanted: Sequence[tuple[Sequence[Factors], float]]) ->
     int64, None for all. wanted: (backwards, least size that is wanted of their sum)."""
     found: Tensor | None = None
     for backwards, least in wanted:
-        bounds = [backward.bounds(p) for backward in backwards]
-        if not bounds or any(b is None for b in bounds):
+        bounds = [bound for bound in (backward.bounds(p) for backward in backwards) if bound is not None]
+        if not backwards or len(bounds) < len(backwards):
             return None
-        total = torch.stack([b for b in bounds if b is not None]).sum(0)
-        here = total * (1 + BOUND_ERROR) >= least
+        here = torch.stack(bounds).sum(0) * (1 + BOUND_ERROR) >= least
         found = here if found is None else found | here
     assert found is not None
     return None if int(found.sum()) > FEW_ROWS * len(found) else found.nonzero().squeeze(1)
@@ -323,6 +327,10 @@ def promising_rows(p: int, wanted: Sequence[tuple[Sequence[Factors], float]]) ->
 
 BOUND_ERROR = 1e-3
 """Relative rounding of bounds and gradients in fp32, generously."""
+
+WAVE = 8
+"""Parts with bounds that go together: before each wave it is looked anew what size still counts. What a part is offered
+with must not depend on how far other threads are, since the rounding of a product depends on its rows."""
 
 
 def score_bank(
@@ -333,20 +341,19 @@ def score_bank(
     `pairs`: one entry for each backward. One part at a time is dense on each core.
     """
     whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
+    halves = pairs[0::2], pairs[1::2]
 
-    def score(e: int) -> None:
-        first = e * bank.part_size
-        halves = pairs[0::2], pairs[1::2]
-        rows = promising_rows(e, [(halves[0], even.threshold()), (halves[1], odd.threshold()),
-                                  (pairs, whole.threshold())])  # fmt: skip
+    def score(p: int, least: tuple[float, ...]) -> None:
+        first = p * bank.part_size
+        rows = promising_rows(p, list(zip((*halves, pairs), least, strict=True)))
         if rows is not None and len(rows) == 0:
             return
-        gradient_even, gradient_odd = (part_gradient(bank, half, e, rows=rows) for half in halves)
+        gradient_even, gradient_odd = (part_gradient(bank, half, p, rows=rows) for half in halves)
         even.update(gradient_even.reshape(-1), first)
         odd.update(gradient_odd.reshape(-1), first)
         whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
 
-    _for_each_part(bank, pairs, score)
+    _for_each_part(bank, pairs, score, (even, odd, whole))
     return whole.indices(), (even.indices(), odd.indices())
 
 
@@ -354,23 +361,31 @@ def grow_candidates(bank: SparseWeights[Any], pairs: Sequence[Factors], kept: Te
     """The `count` flat indices outside `kept` (sorted) with the largest gradient over the captured backwards."""
     best = RunningTopK(count)
 
-    def offer(e: int) -> None:
-        rows = promising_rows(e, [(pairs, best.threshold())])
+    def offer(p: int, least: tuple[float, ...]) -> None:
+        rows = promising_rows(p, [(pairs, least[0])])
         if rows is None or len(rows):
-            best.update(part_gradient(bank, pairs, e, rows=rows).reshape(-1), e * bank.part_size, exclude=kept)
+            best.update(part_gradient(bank, pairs, p, rows=rows).reshape(-1), p * bank.part_size, exclude=kept)
 
-    _for_each_part(bank, pairs, offer)
+    _for_each_part(bank, pairs, offer, (best,))
     return best.indices()
 
 
-def _for_each_part(bank: SparseWeights[Any], pairs: Sequence[Factors], work: Callable[[int], None]) -> None:
-    """`work(p)` for every part, on the CPU by several threads (`workers`)."""
-    tokens = [sum(p.starts[e + 1] - p.starts[e] for p in pairs) for e in range(bank.num_parts)]
+def _for_each_part(
+    bank: SparseWeights[Any], pairs: Sequence[Factors], work: Callable[[int, tuple[float, ...]], None],
+    best: Sequence[RunningTopK],
+) -> None:  # fmt: skip
+    """`work(p, least)` for every part, on the CPU by several threads (`workers`). least: of each of `best` the size
+    that still counts."""
+    tokens = [sum(f.starts[p + 1] - f.starts[p] for f in pairs) for p in range(bank.num_parts)]
     workers = number_of_workers(sum(tokens) * bank.part_size, len(tokens)) if bank.device.type == "cpu" else 1
+    wave = WAVE if any(f.bounds(0) is not None for f in pairs) else bank.num_parts
+    for first in range(0, bank.num_parts, wave):
+        parts = range(first, min(first + wave, bank.num_parts))
+        least = tuple(top.settled_threshold() if first else 0.0 for top in best)
 
-    @torch.no_grad()
-    def share(experts: list[int]) -> None:
-        for e in experts:
-            work(e)
+        @torch.no_grad()
+        def share(taken: list[int], parts: range = parts, least: tuple[float, ...] = least) -> None:
+            for i in taken:
+                work(parts[i], least)
 
-    run_shares(share, shares([1 + n for n in tokens], workers))
+        run_shares(share, shares([1 + tokens[p] for p in parts], min(workers, len(parts))))

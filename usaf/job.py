@@ -135,7 +135,7 @@ class Job:
         self.run.log("importance", sequences=found.sequences, active=trainer.active_parameters(), half_overlap=overlap)
         agreement = "one sequence has no halves to compare" if overlap is None else (
             f"masks of disjoint halves agree on {overlap:.0%}")  # fmt: skip
-        say(f"importance: {trainer.active_parameters():,} weights of {expert_parameters(session):,} chosen from "
+        say(f"importance: {trainer.active_parameters():,} weights ({expert_parameters(session):,} x FRAC) chosen from "
             f"{found.sequences} sequences; {agreement}")  # fmt: skip
 
     def train(self, trainer: Trainer) -> None:

@@ -48,7 +48,7 @@ class MergedPiece(NamedTuple):
 
 @dataclass
 class Counts:
-    """What an export changed. Elements of trained expert parameters, counted as they are written."""
+    """What an export changed. Elements of trained experts and of the head, counted as they are written."""
 
     active: int = 0
     changed: int = 0
@@ -70,7 +70,7 @@ class Merge:
     """One delta onto one base of one checkpoint.
 
     Args:
-        dtype: of experts and routers in the output; None keeps what the checkpoint has.
+        dtype: of what is written anew in the output; None keeps what the checkpoint has.
 
     Raises:
         UserError: the checkpoint lacks expert tensors, or keeps them in a form that cannot be written back.
@@ -137,13 +137,18 @@ class Merge:
 
     @property
     def unties_head(self) -> bool:
+        """Whether the head was the embeddings' tensor, by the model's class: loaders would use that."""
+        return self.head is not None and self.head in self.checkpoint.model.all_tied_weights_keys
+
+    @property
+    def adds_head(self) -> bool:
         """Whether the head becomes a tensor of its own."""
         return self.head is not None and self.head not in self.plan.sources
 
     @property
     def head_key(self) -> str | None:
         """The tensor that the head is written to."""
-        return self.head if self.unties_head else self.head_source
+        return self.head if self.adds_head else self.head_source
 
     @cached_property
     def whole_keys(self) -> dict[str, str]:
@@ -275,10 +280,10 @@ class Merge:
         assert self.head_source is not None
         assert self.head_key is not None
         dtype, base = self.output_dtype(self.head_key), self.checkpoint.tensor(self.head_source)
-        merged = base.to(dtype, copy=True)
         indices, values = self.delta.sparse[self.head]
         places, values = indices[values != 0], values[values != 0]
         before = base.view(-1)[places]
+        merged = base.to(dtype)  # what was read is ours to write to
         rounded = self._rounded(self.head_key, before.to(torch.float32) + values)
         merged.view(-1)[places] = rounded
         if counts is not None:
@@ -303,5 +308,5 @@ class StoredWeights:
         return self.checkpoint.read(name).to(torch.float32)
 
     def merged_head(self) -> Tensor:
-        assert self.merge.head_key is not None
-        return self.checkpoint.tensor(self.merge.head_key)
+        assert self.head is not None
+        return self.checkpoint.read(self.head)

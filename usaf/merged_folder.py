@@ -156,7 +156,7 @@ def plan_shards(merge: Merge) -> dict[str, Specs]:
     A weight that the source keeps as codes and scales is written as one tensor, in the shard of the first of them.
     """
     checkpoint = merge.checkpoint
-    own_head = [merge.head_key] if merge.head_key is not None and not merge.unties_head else []
+    own_head = [merge.head_key] if merge.head_key is not None and not merge.adds_head else []
     written = {part: key for key in [*merge.expert_keys, *merge.whole_keys, *own_head]
                for part in checkpoint.parts(key)}  # fmt: skip
     shards: dict[str, Specs] = {}
@@ -168,7 +168,7 @@ def plan_shards(merge: Merge) -> dict[str, Specs]:
                 specs[name] = entry.code, entry.shape
             elif name == checkpoint.parts(key)[0]:
                 specs[key] = merge.output_dtype(key), checkpoint.stored[key].shape()
-            if merge.unties_head and name == merge.head_source:  # beside the embeddings whose tensor it was
+            if merge.adds_head and name == merge.head_source:  # beside the embeddings whose tensor it was
                 assert merge.head_key is not None
                 specs[merge.head_key] = merge.output_dtype(merge.head_key), entry.shape
     return shards

@@ -406,7 +406,7 @@ def load_dense(model: PreTrainedModel, checkpoint: Checkpoint, backend: Backend)
     Weights of plain linear and embedding layers stay in the checkpoint's type where the device can hold it (see
     `Backend.held`), and on the host they are views of its files: the system's cache holds them, not the process.
     Routers are fp32 masters (float64 where the model computes in float64), as are buffers beside experts, among them
-    correction biases; all others, small, are in the compute type.
+    correction biases; all others, small, are in the compute type (norms that train become masters in `trained_parts`).
     """
     experts = {name: module for name, module in model.named_modules() if hasattr(module, "up_bank")}
     routers = {router_path(model, name, module) for name, module in experts.items()}

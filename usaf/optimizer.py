@@ -1,4 +1,4 @@
-"""Adam for sparse deltas and dense router weights, and the learning-rate schedule.
+"""Adam for sparse deltas and whole routers and norms, and the learning-rate schedule.
 
 One update of a weight of age t (updates it has seen, this one included), gradient g:
 

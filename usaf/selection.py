@@ -1,7 +1,7 @@
 """Which weights train: exact top-k over a stream of scores, and RigL's drop and grow. Pure functions on tensors.
 
-Active weights are held as sorted int64 flat indices into a fused expert tensor `[E, out, in]`. Scores arrive one expert
-at a time, so the k best of up to billions of candidates are found in memory O(k + one block).
+Active weights are held as sorted int64 flat indices into a fused expert tensor `[E, out, in]`, or the head's. Scores
+arrive one expert at a time, so the k best of up to billions of candidates are found in memory O(k + one block).
 
 Order everywhere: the larger score first, of equal scores the lower flat index. `torch.topk` alone leaves ties open, so
 a selection here is a threshold (the k-th score) and, among the scores equal to it, the first in index order; the chosen
@@ -97,10 +97,11 @@ class RunningTopK:
             if self._held_count > HELD * self._k:
                 self._compress()
 
-    def threshold(self) -> float:
-        """No score below it can be among the k best any more."""
+    def settled_threshold(self) -> float:
+        """The k-th best score so far, 0 while there are fewer; it depends on what was offered, not on when."""
         with self._lock:
-            return self._threshold
+            self._compress()
+            return self._threshold if self._held_count == self._k else 0.0
 
     def indices(self) -> Tensor:
         """The chosen flat indices, int64 sorted ascending."""

@@ -204,7 +204,7 @@ class Settings:
     lr_peak: float | None = _setting(
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
-        "peak learning rate of the deltas, warm-up then cosine",
+        "peak learning rate of deltas and norms, warm-up then cosine",
         unset="2 / hidden size, so 9.8e-4 for one of 2048",
     )
     reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
@@ -257,7 +257,7 @@ class Settings:
         "peak learning rate of the routers; 0 = routers frozen",
     )
     grad_clip: float = _setting(
-        1.0, _real("above 0", lambda value: value > 0), "largest norm of the gradient, deltas and routers together"
+        1.0, _real("above 0", lambda value: value > 0), "largest norm of the gradient of all that trains"
     )
     weight_decay: float = _setting(
         0.0, _real("of at least 0", lambda value: value >= 0), "pull of the deltas towards 0, the pretrained weights"
@@ -335,6 +335,9 @@ class Settings:
             assert _allowed(field, value), f"{field.name}={value!r} must be {field.metadata['check'].rule}"
 
 
+BEFORE: dict[str, Any] = {"projections": "all", "train_head": False, "train_norms": False}
+"""What these settings stood for before there were any: of deltas and runs of then."""
+
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}
 
 
@@ -391,11 +394,12 @@ class ResolvedSettings:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ResolvedSettings:
-        """What `to_json` wrote. A setting that `data` lacks (an older version wrote it) has its default.
+        """What `to_json` wrote. A setting that `data` lacks (an older version wrote it) has the value that it stands
+        for there (`BEFORE`), else its default.
 
         Raises UserError for an unknown setting or a value outside its rule: `data` comes from a file.
         """
-        values: dict[str, Any] = {}
+        values = dict(BEFORE)
         sources = dict.fromkeys(FIELDS, "default")
         for variable, entry in data.items():
             field = FIELDS.get(variable.lower())

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from usaf.linear import FrozenLinear
 from usaf.sparse_weights import Deltas, Factors, SparseWeights
-from usaf.workspace import Memory
+from usaf.workspace import Memory, own_pages
 
 BLOCK_ELEMENTS = 1 << 21
 """Weights of a block: 8 MB in fp32."""
@@ -36,6 +36,11 @@ BLOCK_ELEMENTS = 1 << 21
 
 def rows_of_block(layer: FrozenLinear) -> int:
     return min(layer.out_features, max(1, BLOCK_ELEMENTS // layer.in_features))
+
+
+def subtract_one_hot(dz: Tensor, here: Tensor, within: Tensor) -> None:
+    """Of each row of dz [n, rows] for which `here` [n] holds, 1 from the entry `within` [n]."""
+    dz.scatter_add_(1, within.unsqueeze(1), -here.to(dz.dtype).unsqueeze(1))
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,7 +79,7 @@ class HeadGradients(Factors):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.inputs.dtype
+        return wide_dtype(self.inputs.dtype)  # dz times 1 / targets would vanish in 16 bits
 
     @torch.no_grad()
     def part(
@@ -85,13 +90,13 @@ class HeadGradients(Factors):
             weight = weight.index_select(0, outputs)
         logits = self.head.block_logits(p, self.inputs, weight, outputs)
         dz = logits.sub_(self.normaliser.unsqueeze(1)).exp_()
-        at, within = self.head.targets_in(p, self.targets)
+        here, within = self.head.targets_in(p, self.targets)
         if outputs is not None:
             place = torch.full((self.head.part_rows,), -1, device=within.device)
-            place[outputs.to(torch.int64)] = torch.arange(len(outputs), device=within.device)
-            within = place[within]
-            at, within = at[within >= 0], within[within >= 0]
-        dz[at, within] -= 1.0
+            place.scatter_(0, outputs.to(torch.int64), torch.arange(len(outputs), device=within.device))
+            within = place.index_select(0, within)
+            here, within = here & (within >= 0), within.clamp(min=0)
+        subtract_one_hot(dz, here, within)
         return dz.mul_(self.loss_scale * self.scale).to(dtype), self.inputs.to(dtype)
 
     @cached_property
@@ -99,7 +104,9 @@ class HeadGradients(Factors):
         """max |x_c|."""
         return self.inputs.to(self.squares.dtype).square().sum(0).amax().sqrt()
 
-    def bounds(self, p: int) -> Tensor:
+    def bounds(self, p: int) -> Tensor | None:
+        if self.inputs.device.type != "cpu" or self.inputs.dtype != self.dtype:
+            return None  # formed again in 16 bits, logits may be off by more than any bound allows
         first, end = self.head.rows_of(p)
         return self.squares[first:end].sqrt() * (self.largest_column * (self.loss_scale * self.scale))
 
@@ -121,9 +128,12 @@ class HeadGradients(Factors):
 
     @classmethod
     def joined(cls, entries: Sequence[HeadGradients]) -> HeadGradients:
-        """Of several chunks of one backward."""
+        """Of several chunks of one backward, in memory that outlives its step well (`own_pages`)."""
+        inputs = torch.cat([e.inputs for e in entries])
+        if inputs.device.type == "cpu":
+            inputs = own_pages(tuple(inputs.shape), inputs.dtype).copy_(inputs)
         return dataclasses.replace(
-            entries[0], inputs=torch.cat([e.inputs for e in entries]), targets=torch.cat([e.targets for e in entries]),
+            entries[0], inputs=inputs, targets=torch.cat([e.targets for e in entries]),
             normaliser=torch.cat([e.normaliser for e in entries]),
             squares=torch.stack([e.squares for e in entries]).sum(0),
         )  # fmt: skip
@@ -138,6 +148,7 @@ class SparseHead(SparseWeights[HeadGradients]):
                          layer.weight.numel())  # fmt: skip
         self.weight, self.bias = layer.weight, layer.bias
         self.out_features, self.in_features = layer.out_features, layer.in_features
+        self.snapshot: Deltas | None = None  # what captures of one step share; to be forgotten before the next
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,10 +199,9 @@ class SparseHead(SparseWeights[HeadGradients]):
         return z
 
     def targets_in(self, p: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(the tokens whose target lies in block p, its place there)."""
+        """(bool [n]: the tokens whose target lies in block p; int64 [n]: its place there, of the others any)."""
         first, end = self.rows_of(p)
-        at = ((targets >= first) & (targets < end)).nonzero().squeeze(1)
-        return at, targets[at] - first
+        return (targets >= first) & (targets < end), (targets - first).clamp(0, end - first - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., vocabulary], in the type of x. Deltas are constants here: `head_loss` has their gradients."""
@@ -208,11 +218,12 @@ class SparseHead(SparseWeights[HeadGradients]):
             scaled = found.delta.to(self.delta.dtype) * loss_scale
             self.delta.grad = scaled if self.delta.grad is None else self.delta.grad + scaled
         if self.captured is not None:
-            now = self.present()
-            deltas = self.captured[0].deltas if self.captured else dataclasses.replace(now, values=now.values.clone())
+            if self.snapshot is None:
+                now = self.present()
+                self.snapshot = dataclasses.replace(now, values=now.values.clone())
             assert found.squares is not None
             self.captured.append(
-                HeadGradients(self, inputs, targets, found.normaliser, found.squares, deltas, loss_scale)
+                HeadGradients(self, inputs, targets, found.normaliser, found.squares, self.snapshot, loss_scale)
             )
 
     def take_captured(self) -> list[HeadGradients]:

@@ -62,11 +62,15 @@ def trained_norms(model: SparseModel, start: int) -> dict[str, nn.Module]:
     return found
 
 
-def in_fp32(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def in_fp32(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A module's forward in the type of its fp32 weights, and its result in the type that came in."""
-    narrow = next(a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())
+    floats = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+    narrow = floats[0].dtype if floats else torch.float32
 
-    def widened(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cast(part, dtype) for part in value)
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return forward(*(widened(a) for a in args), **{k: widened(v) for k, v in kwargs.items()}).to(narrow)
+    wide = {name: cast(value, torch.float32) for name, value in kwargs.items()}
+    return cast(forward(*(cast(a, torch.float32) for a in args), **wide), narrow)

@@ -59,7 +59,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class ReselectResult:
-    """Counts over all banks. A weight dropped and grown again at once (from delta zero) counts in both."""
+    """Counts over all sparse weights. One dropped and grown again at once (from delta zero) counts in both."""
 
     step: int
     active: int
@@ -81,8 +81,8 @@ class Captured:
 
 
 class Trainer:
-    """Owns the deltas' and routers' training state. `step` counts finished optimizer steps. `workspace`: where captured
-    pairs wait for their reselection, on the CPU; None is private memory."""
+    """Owns the training state of deltas, routers and norms. `step` counts finished optimizer steps. `workspace`: where
+    captured factors wait for their reselection, on the CPU; None is private memory."""
 
     def __init__(
         self, model: SparseModel, states: BoundaryStates, rows: Rows, order: DataOrder, settings: Settings, steps: int,
@@ -105,7 +105,7 @@ class Trainer:
     # -- the trained weights -------------------------------------------------------------------------------------------
 
     def activate(self, active: dict[str, Tensor]) -> None:
-        """Start training the given flat indices of each fused tensor, from delta zero."""
+        """Start training the given flat indices of each fused tensor, and of the head, from delta zero."""
         for name, bank in self.banks.items():
             bank.set_active(active[name], torch.zeros(len(active[name])))
             self.adam[name] = Adam(bank.delta)
@@ -140,6 +140,8 @@ class Trainer:
         parameters = self.parameters()
         for parameter in parameters.values():
             parameter.grad = None
+        if self.model.head is not None:
+            self.model.head.snapshot = None
         loss = math.fsum(
             self._micro_step(batch, rows, scale, capturing) for batch, rows in zip(batches, micro_batches, strict=True)
         )
@@ -248,7 +250,7 @@ class Trainer:
         return any(self.captured.values())
 
     def reselect_if_due(self) -> ReselectResult | None:
-        """Right after the step that closes a capture window: drop, grow, and forget the captured pairs.
+        """Right after the step that closes a capture window: drop, grow, and forget what was captured.
 
         Where every step of the window was skipped there is nothing to choose by, and the active weights stay.
         """
@@ -259,25 +261,29 @@ class Trainer:
         names = list(self.banks)
         grown = [self._grow(name, fraction) for name in names]
 
-        def work(parts: list[int]) -> int:
-            return sum(self._reselect_bank(names[i], grown[i]) for i in parts)
+        # Finding candidates keeps every core busy by itself, as the head's moments do, whose factors are formed again;
+        # the rest sorts, on one, a tensor at a time each.
+        alone = [i for i, name in enumerate(names) if name != self.model.head_name]
+        exchanged = sum(self._reselect_bank(names[i], grown[i]) for i in range(len(names)) if i not in alone)
 
-        # Finding candidates keeps every core busy by itself; what follows sorts, on one, a tensor at a time each.
-        sizes = [self.banks[name].delta.numel() for name in names]
+        def work(parts: list[int]) -> int:
+            return sum(self._reselect_bank(names[alone[i]], grown[alone[i]]) for i in parts)
+
+        sizes = [self.banks[names[i]].delta.numel() for i in alone]
         on_cpu = self.model.backend.device.type == "cpu"
         workers = min(RESELECTED_AT_ONCE, number_of_workers(SORTING_PASSES * sum(sizes), len(sizes))) if on_cpu else 1
-        exchanged = sum(run_shares(work, shares(sizes, workers)))
+        exchanged += sum(run_shares(work, shares(sizes, workers)))
         for name in names:
             self.captured[name] = []
         return ReselectResult(self.step, self.active_parameters(), dropped=exchanged, grown=exchanged)
 
     @torch.no_grad()
     def _grow(self, name: str, fraction: float) -> Tensor:
-        """The flat indices that a fused tensor is to grow, as many as it drops; int64, sorted."""
+        """The flat indices that a tensor is to grow, as many as it drops; int64, sorted."""
         bank = self.banks[name]
         active = bank.active
         count = min(int(fraction * len(active)), bank.numel - len(active))
-        if count == 0:
+        if count == 0 or not self.captured[name]:  # the head, where no row of the window had a target
             return active[:0]
         stays = torch.ones(len(active), dtype=torch.bool, device=active.device)
         stays[smallest_k_positions(bank.delta.detach(), count)] = False
@@ -286,7 +292,7 @@ class Trainer:
 
     @torch.no_grad()
     def _reselect_bank(self, name: str, grown: Tensor) -> int:
-        """Drop and grow in one fused tensor; returns how many weights were exchanged."""
+        """Drop and grow in one tensor; returns how many weights were exchanged."""
         if len(grown) == 0:
             return 0
         bank, captured = self.banks[name], self.captured[name]
@@ -345,7 +351,8 @@ class Trainer:
             bank.set_active(tensors[f"active/{name}"], tensors[f"delta/{name}"])
             self.adam[name] = Adam(bank.delta)
         for name, weight in self.whole().items():
-            weight.data.copy_(tensors[f"whole/{name}"])
+            saved_as = f"whole/{name}" if f"whole/{name}" in tensors else f"router/{name}"  # before norms trained
+            weight.data.copy_(tensors[saved_as])
         for name, adam in self.adam.items():
             moments = {k: tensors[f"adam/{name}/{k}"] for k in ("exp_avg", "exp_avg_sq", "generation")}
             adam.load_state_dict({**about["adam"][name], **moments})

@@ -172,14 +172,14 @@ class Lab:
         numel: of each tensor that trains sparsely.
         """
         sparse, frac = set(self.recipe.sparse), self.values.frac
-        if self.adapters() or not (sparse <= {"experts", "head"} or sparse <= {"down", "head"}):
+        if self.adapters() or sparse - {"head"} not in ({"experts"}, {"down"}):
             return None
         experts = {n: p.numel() for n, p in group(self.model, "experts", self.session.start).items()}
         blocks = sorted({n.rpartition(".")[0] for n in experts})
         layers = [(experts[f"{b}.gate_up_proj"], experts[f"{b}.down_proj"]) for b in blocks]
         head = [n for n in numel if n not in experts]
         which = "down" if "down" in sparse else "all"
-        share = head_share(sum(numel[n] for n in head), layers, which) if head else 0.0
+        share = head_share(sum(numel[n] for n in head), layers, frac, which) if head else 0.0
         counts = {}
         for block, (up, down) in zip(blocks, layers, strict=True):
             of_up, counts[f"{block}.down_proj"] = active_counts(up, down, frac, which, share)
