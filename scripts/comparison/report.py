@@ -188,7 +188,17 @@ def origin_parts(runs: Sequence[Run]) -> list[str]:
         "```bash\n" + "\n".join(commands) + "\n```" if commands else "Commands not known.",
         f"{len(runs)} runs; commit{'s' * (len(commits) > 1)} {', '.join(commits) or 'not known'}.",
         "\n".join(f"- {one}" for one in machines) or "Machine not known.",
+        *origins(runs),
     ]
+
+
+def origins(runs: Sequence[Run]) -> list[str]:
+    """What has to be said of runs that do not come from their command as it stands."""
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        if run.origin:
+            told.setdefault(run.origin, []).append(f"{run.config}/{run.arm}")
+    return [f"{origin}: {', '.join(f'`{where}`' for where in distinct(wheres))}." for origin, wheres in told.items()]
 
 
 def machine_text(run: Run) -> str:

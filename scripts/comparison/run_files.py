@@ -66,6 +66,8 @@ class Run:
     losses: list[float] = field(default_factory=list)
     diverged: bool = False
     note: str = ""
+    origin: str = ""
+    """where it comes from, if not from its command as it stands: taken over, or run under another name"""
 
     @property
     def failed(self) -> bool:
@@ -255,7 +257,7 @@ def numbers(value: Any) -> list[float]:
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("arm", "config", "family", "command", "commit", "note"), text),
+    **dict.fromkeys(("arm", "config", "family", "command", "commit", "note", "origin"), text),
     **dict.fromkeys(("options", "machine"), mapping),
     **dict.fromkeys(("trainable_parameters", "artifact_bytes", "step_seconds", "jobs", "seconds"), finite),
     **dict.fromkeys(("peak_private_bytes", "experts_moved", "experts"), finite),
@@ -283,7 +285,7 @@ def csv_row(run: Run, chosen: bool) -> dict[str, Any]:
         **{f"routing_{name}": value for name, value in sorted(run.routing.items())},
         "experts_moved": run.experts_moved, "experts": run.experts, "last_loss": run.losses[-1] if run.losses else None,
         **{f"option_{name}": value for name, value in sorted(run.options.items())},
-        "note": run.note, "commit": run.commit, "command": run.command,
+        "note": run.note, "origin": run.origin, "commit": run.commit, "command": run.command,
     }  # fmt: skip
 
 
