@@ -122,7 +122,7 @@ class LayerShape:
 class ModelShape:
     """width: numbers a token that cross from layer to layer (at most); head: (vocabulary, hidden); outside: activations
     beside the layers (masks, tables, final norm); last_norm_weights: of the norms behind these; stored_bytes: of one
-    dense weight in memory; mapped_share: the part of these weights that is used from the checkpoint's files as it is."""
+    dense weight in memory; mapped_share: the part of such weights that is used from the checkpoint's files as is."""
 
     model_type: str
     layers: tuple[LayerShape, ...]
