@@ -50,6 +50,7 @@ TARGET_BYTES = 12  # a token that the head's gradients need: its target, int64, 
 HEAD_GRADIENT_BYTES = 12  # an active weight of the head: a chunk's gradient as it is made, scaled and added
 UPDATE_BYTES = 16  # an active weight of one tensor, while Adam works on it
 CHOICE_BYTES = 140  # a chosen weight of one tensor, while three selections run
+HEAD_CHOICE_BYTES = 180  # the same of the head, by whose larger parts they gather more before they choose
 SCORE_BYTES = 32  # a weight of one expert while a core scores it: gradients of both halves, candidates
 RESELECT_BYTES = 96  # an active weight of one tensor, while its places are drawn anew
 
@@ -471,7 +472,7 @@ class _Count:
                                       default=0),
         })  # fmt: skip
         of_head = Phase("importance, scoring", {
-            **beside, "chosen indices": self.chosen(first), "selection": CHOICE_BYTES * self.head_active,
+            **beside, "chosen indices": self.chosen(first), "selection": HEAD_CHOICE_BYTES * self.head_active,
             "head's gradients": self.head_scored(self.importance_chunk()),
         })  # fmt: skip
         return max((own, of_head), key=lambda phase: phase.private) if is_top and self.head_active else own
