@@ -253,6 +253,19 @@ class Bench:
         if notes:
             raise UserError(f"--scratch {self.scratch.parent}: {notes[0]}")
 
+    def head_trains(self) -> bool:
+        return self.session.model.head is not None
+
+    def densities(self) -> tuple[float, float]:
+        """The shares that train of the experts' weights and of the head's."""
+        from usaf.importance import counts_by_name
+
+        model = self.session.model
+        counts = counts_by_name(model, self.start, self.values.frac, self.values.projections)
+        of_head = 0.0 if model.head is None else counts.pop(model.head_name) / model.head.numel
+        experts = sum(bank.numel for moe in model.moe_from(self.start) for bank in moe.banks)
+        return sum(counts.values()) / experts, of_head
+
     def lengths(self, rows: Rows, chosen: Iterable[int]) -> list[int]:
         return [rows.length(row) for row in chosen]
 
@@ -320,8 +333,8 @@ class Bench:
                                    projections=self.values.projections)  # fmt: skip
         trainer.activate(found.active)
         lengths = self.lengths(rows, samples)
-        self.add("importance", f"{self.trained()}, {len(samples)} sequences", 1, seen.seconds, sum(lengths),
-                 self.work.importance(lengths, self.start, self.values.projections), seen)  # fmt: skip
+        work = self.work.importance(lengths, self.start, self.values.projections, self.head_trains())
+        self.add("importance", f"{self.trained()}, {len(samples)} sequences", 1, seen.seconds, sum(lengths), work, seen)
 
     def activate_any(self, trainer: Trainer) -> None:
         """Evenly spread active weights, where importance is not measured."""
@@ -371,14 +384,14 @@ class Bench:
         assert changed is not None
         tokens = sum(result.tokens for result in capturing)
         lengths = [given.seq_len] * (tokens // given.seq_len)
+        work = self.work.dense_gradients(lengths, self.start, self.values.projections, self.head_trains())
         self.add("reselection", f"{self.trained()}, {len(capturing)} captured steps, {changed.dropped:,} exchanged", 1,
-                 seen.seconds, tokens, self.work.dense_gradients(lengths, self.start, self.values.projections),
-                 seen)  # fmt: skip
+                 seen.seconds, tokens, work, seen)  # fmt: skip
 
     def add_steps(self, name: str, what: str, results: list[Any], seen: Any) -> None:
         seconds = statistics.median(result.seconds for result in results)
         lengths = [self.arguments.seq_len] * (self.values.microbatch * self.values.accum)
-        work = self.work.step(lengths, self.start, self.values.frac)
+        work = self.work.step(lengths, self.start, *self.densities())
         self.add(name, what, len(results), seconds, results[0].tokens, work, seen)
 
     def evaluation(self, states: BoundaryStates) -> None:

@@ -7,14 +7,16 @@ multiplies matrices in fp32, and gives each phase the share of that rate that it
 
 Counted is the least that a phase has to compute, by the model's shapes: the products of the experts that tokens are
 sent to, the other projections, causal attention, the head; a multiplication and its addition are two operations.
-Counted once, what is computed twice costs share: a forward repeated in a backward, decoded weights, masked halves of
-attention. Left out, being small: norms, rotary tables, softmax, the router's own weight gradient, the optimizer.
+Counted once, what is computed twice costs share: a forward repeated in a backward, logits formed again for the head's
+weight gradients, decoded weights, masked halves of attention. Left out, being small: norms, rotary tables, softmax, the
+router's own weight gradient, the optimizer.
 
 Heavy imports wait until they are needed, so that `--help` of a benchmark answers at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import platform
@@ -165,24 +167,32 @@ class ModelWork:
             above.projections, 2 * above.attention, above.head,
         )  # fmt: skip
 
-    def weight_gradients(self, lengths: Sequence[int], start: int, density: float = 1.0) -> Work:
-        """The gradients of the experts' weights in layers from `start`, at a share `density` of them."""
-        return Work(experts=density * self.forward(lengths, (start, len(self.layers))).experts)
+    def weight_gradients(
+        self, lengths: Sequence[int], start: int, density: float = 1.0, of_head: float = 0.0
+    ) -> Work:  # fmt: skip
+        """The gradients of the experts' weights in layers from `start`, at a share `density` of them, and of the head's
+        at a share `of_head`."""
+        whole = self.forward(lengths, (start, len(self.layers)), head=True)
+        return Work(experts=density * whole.experts, head=of_head * whole.head)
 
-    def dense_gradients(self, lengths: Sequence[int], start: int, projections: str) -> Work:
-        """Those that importance and reselection form: of the projections that train (`PROJECTIONS`)."""
+    def dense_gradients(self, lengths: Sequence[int], start: int, projections: str, head: bool = True) -> Work:
+        """Those that importance and reselection form: of the projections that train (`PROJECTIONS`), and of a head that
+        does."""
+        found = self.weight_gradients(lengths, start, 1.0, float(head))
         if projections == "all":
-            return self.weight_gradients(lengths, start)
-        return Work(experts=float(sum(lengths) * sum(layer.down for layer in self.layers[start:])))
+            return found
+        return dataclasses.replace(
+            found, experts=float(sum(lengths) * sum(layer.down for layer in self.layers[start:]))
+        )  # fmt: skip
 
-    def step(self, lengths: Sequence[int], start: int, density: float) -> Work:
+    def step(self, lengths: Sequence[int], start: int, density: float, of_head: float = 0.0) -> Work:
         """Forward and backward of a training step, from the states that enter layer `start`."""
         forward = self.forward(lengths, (start, len(self.layers)), head=True)
-        return forward + self.input_gradients(lengths, start) + self.weight_gradients(lengths, start, density)
+        return forward + self.input_gradients(lengths, start) + self.weight_gradients(lengths, start, density, of_head)
 
-    def importance(self, lengths: Sequence[int], start: int, projections: str = "all") -> Work:
-        """As a step, with the gradient of every expert weight of those projections."""
-        return self.step(lengths, start, 0.0) + self.dense_gradients(lengths, start, projections)
+    def importance(self, lengths: Sequence[int], start: int, projections: str = "all", head: bool = True) -> Work:
+        """As a step, with the gradient of every weight of those projections and of a head that trains."""
+        return self.step(lengths, start, 0.0) + self.dense_gradients(lengths, start, projections, head)
 
 
 def model_work(config: Any) -> ModelWork:

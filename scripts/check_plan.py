@@ -196,9 +196,8 @@ def plan_seconds(session: Session, shape: ModelShape, work: Work) -> dict[str, f
 
     say("measuring this machine for a few seconds ...")
     files = [path for path in session.checkpoint.folder.glob("*.safetensors") if path.stat().st_size > 1 << 28]
-    values = session.settings.values
-    rates = measure(session.checkpoint.model, shape, values.frac, values.projections, cache_folder(values),
-                    max(files, default=None))  # fmt: skip
+    folder = cache_folder(session.settings.values)
+    rates = measure(session.checkpoint.model, shape, work, folder, max(files, default=None))
     return {time.name: time.each for time in time_plan(shape, rates, work, 1, 1, 1, 1)}
 
 

@@ -16,6 +16,8 @@ import bench_fullsize
 import benchmark
 import make_fullsize
 
+from usaf.importance import trained_counts
+
 SCRIPT = Path(bench_fullsize.__file__)
 QUICK = ["--seq-len", "16", "--steps", "2", "--prefix-tokens", "64", "--importance-samples", "4",
          "--evaluation-samples", "3"]  # fmt: skip
@@ -46,9 +48,12 @@ def test_every_phase_with_its_count(folder: Path, tmp_path: Path, capsys: pytest
     assert [phases[name]["tokens"] for name in phases] == [64, 64, 32, 32, 128, 48]
     work = benchmark.model_work(tiny_config("qwen3_moe"))
     two, frac = [16, 16], found["settings"]["FRAC"]["value"]
+    layer, of_model = (8 * 96 * 64, 8 * 64 * 48), 128 * 64
+    counts, of_head = trained_counts(of_model, [layer, layer], frac, "down")
+    densities = sum(map(sum, counts)) / (2 * sum(layer)), of_head / of_model
     counted = {
         "prefix": work.forward([16] * 4, (0, 2)), "importance": work.importance([16] * 4, 2, "down"),
-        "step": work.step(two, 2, frac), "capture": work.step(two, 2, frac),
+        "step": work.step(two, 2, *densities), "capture": work.step(two, 2, *densities),
         "reselection": work.dense_gradients([16] * 8, 2, "down"),
         "evaluation": work.forward([16] * 3, (2, 4), head=True),
     }  # fmt: skip

@@ -63,8 +63,9 @@ def test_usaf_trains_the_weights_that_a_run_would(plan: Plan, arm: str, layers: 
     found = usaf_arm(plan, arm)
     up, down = 4 * 2 * 32 * 64, 4 * 64 * 32
     assert found["active_parameters"] == layers * (int(FRAC * up) + int(FRAC * down))
-    assert found["router_parameters"] == layers * 4 * 64
-    assert found["trainable_parameters"] == found["active_parameters"] + found["router_parameters"]
+    norms = layers * 2 * (64 + 16) + 64  # before attention and experts, of queries and keys; behind the layers
+    assert found["whole_parameters"] == layers * 4 * 64 + norms
+    assert found["trainable_parameters"] == found["active_parameters"] + found["whole_parameters"]
     assert found["parameters_with_gradient"] == found["trainable_parameters"]  # the step leaves none of them out
     assert found["train_from"] == 2 - layers
     assert (found["prefix_seconds"] is None) == (layers == 2)

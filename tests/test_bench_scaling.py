@@ -63,7 +63,7 @@ def test_a_point_is_measured_in_its_phases(tmp_path: Path) -> None:
     found = measure_point(plan, point)
     up, down = 8 * 2 * 32 * 64, 8 * 64 * 32
     assert found["active_parameters"] == int(0.01 * up) + int(0.01 * down)  # of the upper of two layers
-    assert found["router_parameters"] == 8 * 64
+    assert found["whole_parameters"] == 8 * 64 + 2 * (64 + 16) + 64  # router and norms of that layer; the last norm
     # Importance chose them for their gradients on other sequences too, so a step's own may miss a few.
     assert 0.9 < found["parameters_with_gradient"] / found["trainable_parameters"] <= 1
     assert found["prefix_layers"] == 1

@@ -59,11 +59,15 @@ def test_backward_leaves_out_what_nothing_below_needs() -> None:
     one_more = work.input_gradients(lengths, 1)
     assert one_more.experts == tokens * (work.layers[1].down + last.up + last.down)
     assert one_more.attention == 2 * (55 + 21) * (work.layers[2].attention + last.attention)
-    down = work.importance(lengths, 1, "down").total - work.step(lengths, 1, 0.0).total
-    both = work.importance(lengths, 1, "all").total - work.step(lengths, 1, 0.0).total
+    down = work.importance(lengths, 1, "down", head=False).total - work.step(lengths, 1, 0.0).total
+    both = work.importance(lengths, 1, "all", head=False).total - work.step(lengths, 1, 0.0).total
     assert 3 * down == both  # gate, up and down are of one size
     dense, sampled = work.importance(lengths, 1), work.step(lengths, 1, 0.01)
     assert dense.experts - sampled.experts == pytest.approx(0.99 * work.forward(lengths, (1, 4)).experts)
+    assert dense.head == 3 * work.head * 14  # logits, their gradient at the hidden states, and at the weights
+    assert work.importance(lengths, 1, head=False).head == sampled.head == 2 * work.head * 14
+    assert work.dense_gradients(lengths, 1, "down").head == work.head * 14
+    assert work.step(lengths, 1, 0.01, 0.5).head == 2.5 * work.head * 14
 
 
 def test_medians_rates_and_the_report(tmp_path: Path) -> None:

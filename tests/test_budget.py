@@ -22,6 +22,7 @@ from usaf.budget import (
     last_reselection,
     memory_plan,
     plan_for_limit,
+    trained_weights,
     work_of,
 )
 from usaf.errors import UserError
@@ -30,16 +31,18 @@ from usaf.model_shape import ModelShape, model_shape
 from usaf.quantization import hqq_encoding
 from usaf.settings import load_settings, parse_size
 from usaf.skeleton import handover
+from usaf.sparse_head import BLOCK_ELEMENTS
 
 BASELINE = 400_000_000
-HIDDEN, EXPERTS, UP, INNER, TOP_K, LAYERS = 256, 32, 256, 128, 4, 8
+HIDDEN, EXPERTS, UP, INNER, TOP_K, LAYERS, VOCAB = 256, 32, 256, 128, 4, 8, 50_000
+BLOCK = BLOCK_ELEMENTS // HIDDEN  # rows of the head
 
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
     model = meta_model(tiny_config(
         "qwen3_moe", hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
-        moe_intermediate_size=INNER, vocab_size=50_000, num_attention_heads=8, head_dim=32,
+        moe_intermediate_size=INNER, vocab_size=VOCAB, num_attention_heads=8, head_dim=32,
     ))  # fmt: skip
     return model_shape(model, handover(model), lambda _: hqq_encoding(128, 4), 2, 1.0)
 
@@ -70,7 +73,7 @@ def test_down_projections_alone_need_a_third_of_the_pairs(shape: ModelShape) -> 
 
 
 def test_importance_counts_inputs_of_all_layers_and_one_layers_pairs(shape: ModelShape) -> None:
-    plan, tokens = plan_of(shape), 64 * 512
+    plan, tokens = plan_of(shape, head_trains=False), 64 * 512
     inputs = items(plan, "importance, forward")["inputs of lower layers"]
     assert inputs == int(SLACK * 4 * tokens * HIDDEN * 4)
     assert items(plan, "importance, backward")["inputs of lower layers"] == int(SLACK * 3 * tokens * HIDDEN * 4)
@@ -79,12 +82,55 @@ def test_importance_counts_inputs_of_all_layers_and_one_layers_pairs(shape: Mode
     assert per_token * tokens * SLACK < pairs < 1.1 * per_token * tokens * SLACK  # their index
 
 
-def test_training_state_is_28_bytes_an_active_weight_and_16_a_routers(shape: ModelShape) -> None:
+def test_the_head_waits_beside_the_top_layers_pairs_until_it_is_scored(shape: ModelShape) -> None:
+    with_head, without, tokens = plan_of(shape), plan_of(shape, head_trains=False), 64 * 512
+    chunk = _Count(shape, work()).importance_chunk()
+    kept = items(with_head, "importance, backward")["inputs of the head"]
+    assert kept == int(SLACK * (tokens - chunk) * (4 * HIDDEN + 12))
+    scoring = items(with_head, "importance, scoring")
+    assert scoring["inputs of the head"] == int(SLACK * tokens * (4 * HIDDEN + 12))
+    assert "pairs of one layer" not in scoring, "they are gone"
+    assert scoring["head's gradients"] == int(SLACK * 2 * (36 * BLOCK * HIDDEN + 4 * chunk * BLOCK))
+    mapped = plan_of(shape, spilled=frozenset({"importance"}))
+    assert items(mapped, "importance, scoring")["inputs of the head"] == int(SLACK * tokens * 12)
+    sizes = [plan_of(shape, spilled=frozenset({"importance"}), head_trains=h).disk["workspace"] for h in (True, False)]
+    assert sizes[0] - sizes[1] == tokens * (4 * HIDDEN + 12)
+    assert "inputs of the head" not in items(without, "importance, backward")
+
+
+def test_the_head_takes_its_share_of_what_trains(shape: ModelShape) -> None:
+    for projections in ("all", "down"):
+        found, frozen = (
+            trained_weights(shape, work(projections=projections, head_trains=h)) for h in (True, False)
+        )  # fmt: skip
+        experts = EXPERTS * HIDDEN * (INNER if projections == "down" else INNER + UP)
+        share = VOCAB * HIDDEN / (VOCAB * HIDDEN + 4 * experts)
+        assert frozen.head == 0
+        assert found.active == frozen.active
+        assert found.head / found.active == pytest.approx(share, rel=1e-3)
+        assert [up == 0 for up, _ in found.experts] == [projections == "down"] * 4
+
+
+def test_the_largest_tensor_may_be_the_head(shape: ModelShape) -> None:
+    head = trained_weights(shape, work()).head
+    experts = max(map(max, trained_weights(shape, work()).experts))
+    assert head > experts
+    plan = plan_of(shape)
+    assert items(plan, "step, update")["update of one tensor"] == int(SLACK * 16 * head)
+    assert items(plan, "reselection")["selection"] == int(SLACK * (96 + 4 * 4) * head)
+
+
+def test_training_state_is_28_bytes_an_active_weight_and_16_one_of_what_trains_whole(shape: ModelShape) -> None:
     up, down = EXPERTS * UP * HIDDEN, EXPERTS * HIDDEN * INNER
     active = 4 * (active_count(up, 0.005) + active_count(down, 0.005))
-    assert items(plan_of(shape), "evaluate")["training state"] == int(SLACK * (28 * active + 16 * 4 * EXPERTS * HIDDEN))
-    without = items(plan_of(shape, router_trains=False), "evaluate")
-    assert without["training state"] == int(SLACK * 28 * active)
+    routers, norms = 4 * EXPERTS * HIDDEN, 4 * (2 * HIDDEN + 2 * 32) + HIDDEN
+
+    def state(**changes: Any) -> int:
+        return items(plan_of(shape, **changes), "evaluate")["training state"]
+
+    assert state() == state(head_trains=False) == int(SLACK * (28 * active + 16 * (routers + norms)))
+    assert state(router_trains=False) == int(SLACK * (28 * active + 16 * norms))
+    assert state(router_trains=False, norms_train=False) == int(SLACK * 28 * active)
 
 
 def test_captured_pairs_grow_with_steps_micro_batches_and_layers(shape: ModelShape) -> None:
@@ -94,14 +140,26 @@ def test_captured_pairs_grow_with_steps_micro_batches_and_layers(shape: ModelSha
     one = captured(capture_steps=1)
     assert captured(capture_steps=4) == pytest.approx(4 * one, rel=1e-6)
     assert captured(capture_steps=1, accum=3) == pytest.approx(3 * one, rel=1e-6)
-    assert captured(capture_steps=1, start=6) == pytest.approx(one / 2, rel=1e-6)
+    pairs = captured(capture_steps=1, head_trains=False)
+    assert captured(capture_steps=1, head_trains=False, start=6) == pytest.approx(pairs / 2, rel=1e-6)
+    head = trained_weights(shape, work()).head
+    assert one - pairs == pytest.approx(SLACK * (2 * 512 * (4 * HIDDEN + 12) + 4 * head), rel=1e-6)
+    spilled = captured(capture_steps=4, spilled=frozenset({"captured"}))
+    assert spilled == pytest.approx(one + SLACK * (3 * 4 * head + 4 * 12 * 2 * 512), rel=1e-6), "what has no file"
     assert "reselection" not in [phase.name for phase in plan_of(shape, capture_steps=0).phases]
     assert "captured pairs" not in items(plan_of(shape, capture_steps=0), "step, backward")
 
 
 def test_logits_are_one_chunk_of_the_vocabulary(shape: ModelShape) -> None:
     small, large = (items(plan_of(shape, head_chunk_tokens=n), "step, head")["logits of a chunk"] for n in (100, 200))
-    assert large - small == pytest.approx(SLACK * 100 * 4 * (50_000 + 4 * HIDDEN), rel=1e-6)
+    assert large - small == pytest.approx(SLACK * 100 * 4 * (VOCAB + 4 * HIDDEN), rel=1e-6)
+    own = 4 * trained_weights(shape, work()).head
+    frozen = items(plan_of(shape, head_chunk_tokens=100, head_trains=False), "step, head")["logits of a chunk"]
+    assert small - frozen == pytest.approx(SLACK * own, rel=1e-3)
+    wide = dataclasses.replace(shape, stored_bytes=4)
+    plans = (memory_plan(wide, work(head_trains=h), BASELINE) for h in (True, False))
+    made = [items(plan, "step, head")["logits of a chunk"] for plan in plans]
+    assert made[0] - made[1] == pytest.approx(SLACK * (own + 2 * 4 * BLOCK * HIDDEN), rel=1e-6), "only with deltas"
 
 
 def test_nothing_is_cached_or_computed_where_every_layer_trains(shape: ModelShape) -> None:
@@ -115,11 +173,11 @@ def test_nothing_is_cached_or_computed_where_every_layer_trains(shape: ModelShap
 def test_disk_counts_every_file(shape: ModelShape) -> None:
     plan, active = plan_of(shape), 4 * (active_count(EXPERTS * UP * HIDDEN, 0.005) + active_count(
         EXPERTS * HIDDEN * INNER, 0.005))  # fmt: skip
-    routers = 4 * EXPERTS * HIDDEN
+    whole = trained_weights(shape, work()).whole
     assert plan.disk["4-bit experts"] == sum(layer.experts.stored_bytes for layer in shape.layers if layer.experts)
     assert plan.disk["prefix cache"] == (360 + 128) * 512 * HIDDEN * 2
-    assert plan.disk["checkpoints"] == 3 * (24 * active + 16 * routers)
-    assert plan.disk["delta"] == 8 * active + 4 * routers
+    assert plan.disk["checkpoints"] == 3 * (24 * active + 16 * whole)
+    assert plan.disk["delta"] == 8 * active + 4 * whole
     assert plan.disk["workspace"] == 0
 
 
@@ -128,7 +186,7 @@ def test_dense_weights_are_private_unless_they_are_mapped(shape: ModelShape) -> 
     dense = 2 * (shape.shared_weights + sum(layer.linear_weights for layer in shape.layers))
     assert "dense weights" not in mapped.always
     assert mapped.mapped["dense weights"] == copied.always["dense weights"] == dense
-    assert items(copied, "load")["largest dense weight"] == int(SLACK * 2 * 2 * 50_000 * HIDDEN)
+    assert items(copied, "load")["largest dense weight"] == int(SLACK * 2 * 2 * VOCAB * HIDDEN)
 
 
 def test_a_gpu_holds_what_it_computes(shape: ModelShape) -> None:
@@ -191,7 +249,7 @@ def test_a_limit_is_kept_by_as_little_as_it_takes(shape: ModelShape) -> None:
 
 def test_what_the_user_set_stays(shape: ModelShape) -> None:
     peak = memory_plan(shape, work(), BASELINE).peak_bytes
-    fitted, _ = plan_for_limit(shape, work(), BASELINE, f"{int(peak * 0.7 / 1000)}KB", Knobs(False, False, SPILLABLE))
+    fitted, _ = plan_for_limit(shape, work(), BASELINE, f"{int(peak * 0.9 / 1000)}KB", Knobs(False, False, SPILLABLE))
     assert fitted.prefix_chunk_tokens == work().prefix_chunk_tokens
     assert fitted.head_chunk_tokens == 256
 

@@ -24,6 +24,7 @@ from usaf.model_shape import (
     stand_in_experts,
     watch_layer,
 )
+from usaf.trained_parts import trained_norms
 
 LENGTH = 192  # tokens of the row with which a shape is checked; not one of those that were asked about
 
@@ -57,6 +58,17 @@ def test_every_weight_has_one_role(folders: Path, family: str) -> None:
     assert found.hidden == 64
     assert found.head == (VOCAB, 64)
     assert not found.tied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_those_that_would_train(tmp_path: Path, folders: Path, family: str) -> None:
+    found, model = shape(folders, family), build(write_checkpoint(tmp_path, family))
+    last = found.last_norm_weights
+    for start in (3, 0):
+        trained = sum(model.model.get_parameter(f"{name}.weight").numel() for name in trained_norms(model, start))
+        assert last + sum(layer.norm_weights for layer in found.layers[start:]) == trained
+    assert last == 64
+    assert all(layer.norm_weights <= layer.other_weights for layer in found.layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

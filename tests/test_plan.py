@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -87,6 +88,8 @@ def test_times_are_measured_and_add_up(
     )  # at step 4: none after 0.6 * 12
     assert next(t["times"] for t in found["times"] if t["name"] == "steps") == 12
     assert found["rates"]["decode_weights_per_second"] > 0
+    assert found["rates"]["head"]["blocks"] == 1
+    assert found["rates"]["head"]["dense_seconds_by_rows"].keys() == {"16", "256"}
     assert found["rates"]["read_bytes_per_second"] > 0
     assert "GFLOP/s" in capsys.readouterr().out
     assert list((tmp_path / "runs" / "cache").iterdir()) == [], "the measured file is gone"
@@ -156,13 +159,12 @@ def planned(config_only: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_time, "FILE_BYTES", 1 << 22)
         patch.setattr(plan_time, "ROWS", (1, 16))
+        patch.setattr(plan_time, "HEAD_ROWS", (1, 16))
         runs = tmp_path_factory.mktemp("runs")
         return Plan(load_settings(["--model", str(config_only), "--output-dir", str(runs), *SMALL], {}, {}), True)
 
 
 def test_times_grow_with_what_they_are_of(planned: Plan) -> None:
-    import dataclasses
-
     assert planned.rates is not None
 
     def times(**changes: Any) -> dict[str, PhaseTime]:
@@ -197,6 +199,24 @@ def test_operations_are_those_of_the_products(planned: Plan) -> None:
     attention = 3.5 * 2 * 4 * 32 * 24 * tokens
     products = 2 * 2 * tokens * (linear + 2 * 3 * 48 * 64)
     assert step.operations == pytest.approx(2 * (products + attention) + 4 * tokens * 128 * 64, rel=0.01)
+
+
+def test_the_head_is_scored_and_its_dz_formed_again(planned: Plan) -> None:
+    """Of 128 x 64 weights: by importance logits and their product with the inputs once more, by a reselection dz again
+    for the moments of grown weights."""
+    assert planned.rates is not None
+    rates, captures = planned.rates, dataclasses.replace(planned.work, capture_steps=2)
+    with_head, without = (
+        {t.name: t for t in time_plan(planned.shape, rates, dataclasses.replace(captures, head_trains=h), 1, 1, 1, 1)}
+        for h in (True, False)
+    )
+    product = 2 * 24 * 128 * 64  # of a row
+    rows = {"importance": planned.work.importance_rows * 2, "reselections": 2 * 2 * 3}
+    for name, passes in rows.items():
+        assert with_head[name].operations - without[name].operations == pytest.approx(passes * product), name
+        assert with_head[name].seconds > without[name].seconds
+    for name in ("steps", "evaluations"):
+        assert with_head[name].operations == without[name].operations
 
 
 # ---- against runs ---------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@
 Every figure is a named item, so that a plan can be read, and a wrong one found. Counted are the tensors that the phases
 hold by their code: T tokens of width H, P = T top_k pairs, n active weights,
 
-    importance   inputs of every trainable layer [T, H], and one layer's pairs: X, dOut [T, H], dh [P, out], a [P, in]
+    importance   inputs of every trainable layer [T, H], and one layer's pairs: X, dOut [T, H], dh [P, out], a [P, in];
+                 with those of the top layer, what enters the head [T, H] until it is scored
     step         what each trainable layer keeps (`model_shape`) and h [P, out]; one chunk's logits
-    capture      pairs of CAPTURE_STEPS x ACCUM micro-batches, of every trainable layer
+    capture      pairs of CAPTURE_STEPS x ACCUM micro-batches, of every trainable layer, and what the head needs
     always       delta, rows and columns, two moments, generation: 24 bytes an active weight, and 4 for its gradient
 
 beside what the process holds before the model is there, which is measured (`baseline_bytes`). Mapped files (4-bit
@@ -16,7 +17,9 @@ experts, dense weights of a 16-bit checkpoint, a workspace) are the system's pag
 `fit` lowers, for a limit, only what leaves the training as it was asked for: chunk sizes, the stretch, buffers in
 mapped files, resident copies. What shapes a run (MICROBATCH, IMPORTANCE_SAMPLES and so on) is the user's.
 
-Left out: what allocators waste beyond `SLACK`, and operators' own scratch memory beyond `SCRATCH_BYTES`.
+Left out: what allocators waste beyond `SLACK`, and operators' own scratch memory beyond `SCRATCH_BYTES`. Whether a head
+can train (it cannot where its logits are scaled or capped) is known only when the model is built; here it is taken to,
+where TRAIN_HEAD is 1. As many weights train either way.
 """
 
 from __future__ import annotations
@@ -28,23 +31,26 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from usaf.errors import UserError
-from usaf.importance import active_counts
+from usaf.importance import ROWS_AT_ONCE, trained_counts
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.prefix import STRETCH_BYTES
 from usaf.settings import Settings, parse_size
+from usaf.sparse_head import BLOCK_ELEMENTS
 from usaf.workers import MOST_WORKERS
 
 # -- calibrated against runs (docs/decisions.md)
 SLACK = 1.03  # of what tensors take: pages that allocators hold and do not use
 SCRATCH_BYTES = 64 << 20  # libraries that load with their first use, their threads' buffers, compiled kernels
 WIDENED_BYTES = 64 << 20  # rows of a 16-bit dense weight in fp32 (`linear.WIDENED_ELEMENTS`)
-HEAD_BLOCK_BYTES = 8 << 20  # rows of the head in fp32, a core's (`fused_head.BLOCK_ELEMENTS`)
 SKEW = 4.0  # the busiest expert's tokens over an even share
 STATE_BYTES = 24  # an active weight: delta, row, column, two moments, generation
 GRADIENT_BYTES = 4
 PAIR_INDEX_BYTES = 28  # a pair: its token and slot, int64, its expert, its routing weight
+TARGET_BYTES = 12  # a token that the head's gradients need: its target, int64, and its normaliser
+HEAD_GRADIENT_BYTES = 12  # an active weight of the head: a chunk's gradient as it is made, scaled and added
 UPDATE_BYTES = 16  # an active weight of one tensor, while Adam works on it
 CHOICE_BYTES = 140  # a chosen weight of one tensor, while three selections run
+HEAD_CHOICE_BYTES = 180  # the same of the head, by whose larger parts they gather more before they choose
 SCORE_BYTES = 32  # a weight of one expert while a core scores it: gradients of both halves, candidates
 RESELECT_BYTES = 96  # an active weight of one tensor, while its places are drawn anew
 
@@ -52,8 +58,9 @@ CHEAP_CHUNK_TOKENS, CHEAP_HEAD_TOKENS, CHEAP_STRETCH_BYTES = 1024, 64, 128 << 20
 SMALLEST_CHUNK_TOKENS, SMALLEST_HEAD_TOKENS, SMALLEST_STRETCH_BYTES = 64, 16, 4 << 20
 ON_DEVICE = {
     "training state", "captured pairs", "one chunk in one layer", "one chunk in one layer, or logits", "one chunk",
-    "pairs of one layer", "selection", "experts' gradients", "kept for the backward", "beside the layers",
-    "logits of a chunk", "one layer's backward", "update of one tensor", "resident experts",
+    "pairs of one layer", "inputs of the head", "selection", "experts' gradients", "head's gradients",
+    "dense gradients", "kept for the backward", "beside the layers", "logits of a chunk", "one layer's backward",
+    "update of one tensor", "resident experts",
 }  # fmt: skip
 """Items that a GPU holds where there is one."""
 SPILLABLE = ("captured", "importance", "stretch")
@@ -77,6 +84,8 @@ class Work:
     eval_row: int
     eval_tokens: int
     router_trains: bool
+    head_trains: bool
+    norms_train: bool
     cached: bool
     cache_itemsize: int
     prefix_chunk_tokens: int
@@ -149,17 +158,38 @@ def work_of(
         start=start, frac=values.frac, microbatch=values.microbatch, accum=values.accum, capture_steps=capture,
         evaluates_in_window=reselects and evaluates_in_window(values, capture),
         importance_rows=min(values.importance_samples, train_rows), train_row=train_row, train_tokens=train_tokens,
-        eval_row=eval_row, eval_tokens=eval_tokens, router_trains=values.router_lr > 0, cached=values.use_frozen_cache,
-        cache_itemsize=cache_itemsize, prefix_chunk_tokens=values.prefix_chunk_tokens,
-        head_chunk_tokens=values.head_chunk_tokens, keep_checkpoints=values.keep_checkpoints, threads=threads,
+        eval_row=eval_row, eval_tokens=eval_tokens, router_trains=values.router_lr > 0, head_trains=values.train_head,
+        norms_train=values.train_norms, cached=values.use_frozen_cache, cache_itemsize=cache_itemsize,
+        prefix_chunk_tokens=values.prefix_chunk_tokens, head_chunk_tokens=values.head_chunk_tokens,
+        keep_checkpoints=values.keep_checkpoints, threads=threads,
         resident=values.use_resident == "1", projections=values.projections,
     )  # fmt: skip
     return Work(**{**known, **more})  # type: ignore[arg-type]
 
 
-def active_weights(experts: Experts, work: Work) -> tuple[int, int]:
-    """Of a layer's two fused tensors."""
-    return active_counts(*experts.bank_weights, work.frac, work.projections)
+@dataclass(frozen=True)
+class Trained:
+    """How many weights train: of the two fused tensors of each trainable layer that has experts, of the head, and those
+    of routers and norms, which train whole."""
+
+    experts: list[tuple[int, int]]
+    head: int
+    whole: int
+
+    @property
+    def active(self) -> int:
+        return sum(map(sum, self.experts)) + self.head
+
+
+def trained_weights(shape: ModelShape, work: Work) -> Trained:
+    layers = shape.layers[work.start :]
+    moe = [layer.experts for layer in layers if layer.experts is not None]
+    head = shape.head_weights if work.head_trains else 0
+    experts, of_head = trained_counts(head, [e.bank_weights for e in moe], work.frac, work.projections)
+    whole = sum(e.router_weights for e in moe) if work.router_trains else 0
+    if work.norms_train:
+        whole += sum(layer.norm_weights for layer in layers) + shape.last_norm_weights
+    return Trained(experts, of_head, whole)
 
 
 def last_reselection(values: Settings) -> int:
@@ -206,10 +236,14 @@ class _Count:
         self.trainable = shape.layers[work.start :]
         self.moe = [layer.experts for layer in self.trainable if layer.experts is not None]
         self.banks = [n for experts in self.moe for n in experts.bank_weights]
-        actives = [n for experts in self.moe for n in active_weights(experts, work)]
-        self.active, self.largest_active = sum(actives), max(actives)
+        self.trained = trained_weights(shape, work)
+        self.active, self.head_active = self.trained.active, self.trained.head
+        self.active_of = dict(zip(self.moe, self.trained.experts, strict=True))
+        self.largest_of_experts = max(map(max, self.trained.experts))
+        self.largest_active = max(self.largest_of_experts, self.head_active)
         self.largest_expert = max(e.up[0] * e.up[1] for e in self.moe)
         self.hidden = 4 * shape.width
+        self.head_block = min(shape.head[0], max(1, BLOCK_ELEMENTS // shape.hidden))  # rows of the vocabulary
         self.cores = min(MOST_WORKERS, work.threads)
 
     # -- weights
@@ -312,13 +346,31 @@ class _Count:
         """Without a cache: a chunk passes the frozen layers when it is needed, and the last two are kept."""
         return 2 * chunk * self.shape.width * self.work.cache_itemsize + chunk * self.hidden
 
+    # -- the head
+
     def head(self, gradient: bool) -> int:
-        """A chunk's logits, whole for the gradient and else a block of them a core; rows of the head in fp32."""
+        """A chunk's logits, whole for the gradient and else a block of them a core, and a block's weights, where they
+        are made; or, once the logits are gone, the gradient of its trained weights."""
         vocabulary, hidden = self.shape.head
-        rows, block = self.work.head_chunk_tokens, HEAD_BLOCK_BYTES // (4 * hidden)
-        widened = self.cores * HEAD_BLOCK_BYTES if self.shape.stored_bytes < 4 else 0
-        logits = vocabulary if gradient else self.cores * min(block, vocabulary)
-        return 4 * rows * (logits + (self.cores + 2) * hidden) + min(widened, self.cores * 4 * vocabulary * hidden)
+        rows, block = self.work.head_chunk_tokens, self.head_block
+        made = self.cores * 4 * block * hidden if self.shape.stored_bytes < 4 or self.work.head_trains else 0
+        logits = vocabulary if gradient else self.cores * block
+        of_chunk = 4 * rows * (logits + (self.cores + 2) * hidden) + made
+        return max(of_chunk + 4 * self.head_active, HEAD_GRADIENT_BYTES * self.head_active) if gradient else of_chunk
+
+    def head_kept(self, tokens: int) -> int:
+        """What a backward of so many tokens leaves for the head's weight gradients, beside the deltas as they were."""
+        return tokens * (4 * self.shape.hidden + TARGET_BYTES) if self.work.head_trains else 0
+
+    def head_scored(self, tokens: int) -> int:
+        """On all cores: a block's weights, its dz of one kept backward of so many tokens, and its dense gradients and
+        candidates. Short backwards are gathered before they are multiplied."""
+        if not self.work.head_trains:
+            return 0
+        (vocabulary, hidden), block = self.shape.head, self.head_block
+        cores = min(self.cores, -(-vocabulary // block))
+        numbers = tokens * block if tokens >= ROWS_AT_ONCE else (ROWS_AT_ONCE + tokens) * (2 * block + hidden)
+        return cores * ((4 + SCORE_BYTES) * block * hidden + 4 * numbers)
 
     # -- passes with gradients
 
@@ -334,14 +386,15 @@ class _Count:
         and dOut by token, the others by pair."""
         if experts is None:
             return 0
-        of_up, of_down = (int(n > 0) for n in active_weights(experts, self.work))
+        of_up, of_down = (int(n > 0) for n in self.active_of[experts])
         by_token = 4 * (of_up * experts.up[1] + of_down * experts.down[0])
         by_pair = 4 * (of_up * experts.up[0] + of_down * experts.down[1]) + PAIR_INDEX_BYTES
         return int(tokens * (by_token + experts.pairs_per_token * by_pair))
 
     def kept(self, layer: LayerShape, tokens: int, row: int, first: bool) -> int:
         activations = layer.activations
-        own = activations.kept_first if first else activations.kept
+        # A first layer whose norms train keeps what stands before its experts too.
+        own = activations.kept_first if first and not self.work.norms_train else activations.kept
         return own.at(tokens, row) + self.kept_by_experts(layer.experts, tokens)
 
     def on_the_way_back(self, layer: LayerShape, tokens: int, row: int, captures: bool) -> int:
@@ -351,7 +404,7 @@ class _Count:
         if experts is None:
             return max(0, own)
         a_pair = 3 * experts.up[1] + 2 * experts.up[0] + 4 * experts.down[1]
-        of_up, of_down = (int(n > 0) for n in active_weights(experts, self.work))
+        of_up, of_down = (int(n > 0) for n in self.active_of[experts])
         captured = 4 * (of_up * experts.up[0] + of_down * experts.down[1])
         captured = captured if captures else 4 * experts.up[0] * experts.normed
         return int(
@@ -384,30 +437,46 @@ class _Count:
         work, row, layers = self.work, self.work.train_row, self.shape.layers[first:end]
         pairs = 0 if "importance" in work.spilled else sum(self.pairs(layer.experts, total - chunk) for layer in layers)
         way_back = max(self.on_the_way_back(layer, chunk, row, True) for layer in layers)
+        of_head = 0
         if end == len(self.shape.layers):
-            way_back = max(way_back, 3 * chunk * self.hidden + self.head(True))
+            joined = self.head_kept(chunk)  # of a chunk's pieces; both are there for a moment
+            way_back = max(way_back, 3 * chunk * self.hidden + joined + max(self.head(True), joined))
+            of_head = self.head_inputs(total - chunk)
         kept = sum(self.kept(layer, chunk, row, first == work.start) for layer in layers)
         return Phase("importance, backward", {
             "inputs of lower layers": self.lower_inputs(i) * an_input, "gradients": an_input,
             "pairs of one layer": pairs, "one chunk in one layer": kept + way_back + self.shape.outside.at(chunk, row)
-            + self.widened(), "chosen indices": self.chosen(end),
+            + self.widened(), "inputs of the head": of_head, "chosen indices": self.chosen(end),
         })  # fmt: skip
 
+    def head_inputs(self, tokens: int) -> int:
+        """Kept of so many tokens by importance; in mapped files but for their targets."""
+        return TARGET_BYTES * tokens if "importance" in self.work.spilled and self.work.head_trains else (
+            self.head_kept(tokens))  # fmt: skip
+
     def chosen(self, end: int) -> int:
-        """Indices found in the layers from `end` on, int64."""
+        """Indices found in the layers from `end` on, and with the top one in the head, int64."""
         moe = [layer.experts for layer in self.shape.layers[end:] if layer.experts is not None]
-        return 8 * sum(sum(active_weights(experts, self.work)) for experts in moe)
+        of_head = self.head_active if end < len(self.shape.layers) else 0
+        return 8 * (sum(sum(self.active_of[experts]) for experts in moe) + of_head)
 
     def scoring(self, i: int, first: int, end: int, an_input: int, total: int) -> Phase:
-        layers = self.shape.layers[first:end]
+        """Of a segment's tensors, one after the other; after those of the top one the head's, whose inputs wait."""
+        layers, is_top = self.shape.layers[first:end], end == len(self.shape.layers)
         spilled = "importance" in self.work.spilled
-        return Phase("importance, scoring", {
-            "inputs of lower layers": self.lower_inputs(i) * an_input, "gradients": an_input,
-            "pairs of one layer": 0 if spilled else sum(self.pairs(layer.experts, total) for layer in layers),
-            "chosen indices": self.chosen(first), "selection": CHOICE_BYTES * self.largest_active,
+        beside = {"inputs of lower layers": self.lower_inputs(i) * an_input, "gradients": an_input,
+                  "inputs of the head": self.head_inputs(total) if is_top else 0}  # fmt: skip
+        own = Phase("importance, scoring", {
+            **beside, "pairs of one layer": 0 if spilled else sum(self.pairs(layer.experts, total) for layer in layers),
+            "chosen indices": self.chosen(first), "selection": CHOICE_BYTES * self.largest_of_experts,
             "experts' gradients": max((self.scored(layer.experts, total) for layer in layers if layer.experts),
                                       default=0),
         })  # fmt: skip
+        of_head = Phase("importance, scoring", {
+            **beside, "chosen indices": self.chosen(first), "selection": HEAD_CHOICE_BYTES * self.head_active,
+            "head's gradients": self.head_scored(self.importance_chunk()),
+        })  # fmt: skip
+        return max((own, of_head), key=lambda phase: phase.private) if is_top and self.head_active else own
 
     def scored(self, experts: Experts, tokens: int) -> int:
         """On all cores: an expert's dense gradients and candidates, its rows gathered."""
@@ -423,21 +492,21 @@ class _Count:
         return -(-work.importance_rows // max(1, chunks)) * work.train_row
 
     def state_bytes(self) -> int:
-        """Deltas and their moments, gradients included; routers' too."""
-        routers = sum(e.router_weights for e in self.moe) if self.work.router_trains else 0
-        return self.active * (STATE_BYTES + GRADIENT_BYTES) + 16 * routers
+        """Deltas and their moments, gradients included; those of routers and norms too."""
+        return self.active * (STATE_BYTES + GRADIENT_BYTES) + 16 * self.trained.whole
 
     def step(self) -> list[Phase]:
         work, shape = self.work, self.shape
         row, tokens = work.train_row, work.step_tokens
         kept = sum(self.kept(layer, tokens, row, i == 0) for i, layer in enumerate(self.trainable))
-        earlier = max(0, self.captures() - 1) if "captured" not in work.spilled else 0
-        captured = self.captured() * earlier // max(1, self.captures())
+        captures = work.capture_steps > 0
+        captured = self.captured(max(0, self.captures() - 1), under_way=False)
+        if captures and self.head_active:
+            captured += self.head_kept(tokens) + 4 * self.head_active
         common = {
             "training state": self.state_bytes(), "captured pairs": captured, "kept for the backward": kept,
             "beside the layers": shape.outside.at(tokens, row), "hidden states": 2 * tokens * self.hidden,
         }  # fmt: skip
-        captures = work.capture_steps > 0
         back = max(self.on_the_way_back(layer, tokens, row, captures) for layer in self.trainable) + self.widened()
         phases = [
             Phase("step, head", {**common, "logits of a chunk": self.head(True) + tokens * self.hidden}),
@@ -457,18 +526,27 @@ class _Count:
     def captures(self) -> int:
         return self.work.capture_steps * self.work.accum
 
-    def captured(self) -> int:
-        """Pairs of a whole capture window; in mapped files, those of one micro-batch, before they go there."""
-        of_one = sum(self.pairs(experts, self.work.step_tokens) for experts in self.moe)
-        return of_one * (min(1, self.captures()) if "captured" in self.work.spilled else self.captures())
+    def captured(self, micro_batches: int | None = None, under_way: bool = True) -> int:
+        """What a whole capture window, or so many of its micro-batches, leave: pairs, and what the head's gradients
+        need. In mapped files lies all but the head's deltas and targets, and what the micro-batch that is under way has
+        left, before it goes there."""
+        count = self.captures() if micro_batches is None else micro_batches
+        spilled = "captured" in self.work.spilled
+        private = min(count, int(under_way)) if spilled else count
+        tokens = self.work.step_tokens
+        of_one = sum(self.pairs(experts, tokens) for experts in self.moe) + self.head_kept(tokens)
+        of_head = 4 * self.head_active + (TARGET_BYTES * tokens if spilled and self.work.head_trains else 0)
+        return of_one * private + of_head * count
 
     def reselection(self) -> list[Phase]:
         if not self.work.capture_steps:
             return []
+        tokens = self.captures() * self.work.step_tokens
+        of_head = self.head_scored(min(self.work.step_tokens, self.work.head_chunk_tokens))
         return [Phase("reselection", {
             "training state": self.state_bytes(), "captured pairs": self.captured(),
             "selection": (RESELECT_BYTES + 4 * self.work.capture_steps) * self.largest_active,
-            "experts' gradients": max(self.scored(e, self.captures() * self.work.step_tokens) for e in self.moe),
+            "dense gradients": max(of_head, *(self.scored(e, tokens) for e in self.moe)),
         })]  # fmt: skip
 
     def checkpoint(self) -> Phase:
@@ -478,13 +556,13 @@ class _Count:
 
     def disk(self) -> dict[str, int]:
         work = self.work
-        routers = sum(e.router_weights for e in self.moe) if work.router_trains else 0
+        whole = self.trained.whole
         tokens = work.train_tokens + work.eval_tokens if work.cached and work.start else 0
         return {
             "4-bit experts": sum(layer.experts.stored_bytes for layer in self.shape.layers if layer.experts),
             "prefix cache": tokens * self.shape.width * work.cache_itemsize,
-            "checkpoints": (work.keep_checkpoints + 1) * (self.active * STATE_BYTES + 16 * routers),
-            "delta": self.active * 8 + 4 * routers,
+            "checkpoints": (work.keep_checkpoints + 1) * (self.active * STATE_BYTES + 16 * whole),
+            "delta": self.active * 8 + 4 * whole,
             "workspace": self.workspace(),
         }
 
@@ -495,10 +573,11 @@ class _Count:
         if "stretch" in work.spilled:
             sizes.append(min(work.stretch_bytes, max(work.train_tokens, work.eval_tokens) * self.hidden))
         if "captured" in work.spilled:
-            sizes.append(self.captures() * sum(self.pairs(experts, work.step_tokens) for experts in self.moe))
+            of_one = sum(self.pairs(experts, work.step_tokens) for experts in self.moe)
+            sizes.append(self.captures() * (of_one + self.head_kept(work.step_tokens)))
         if "importance" in work.spilled:
             inputs = (len(self.shape.segments(work.start)) + 2) * total * self.hidden
-            sizes.append(inputs + max(self.pairs(experts, total) for experts in self.moe))
+            sizes.append(inputs + max(self.pairs(experts, total) for experts in self.moe) + self.head_kept(total))
         return max(sizes)
 
     def device(self) -> dict[str, int]:

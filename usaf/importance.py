@@ -82,19 +82,29 @@ def head_share(head: int, layers: Sequence[tuple[int, int]], fraction: float, pr
     return min(head / (head + experts), head / in_all)
 
 
+def trained_counts(
+    head: int, layers: Sequence[tuple[int, int]], fraction: float, projections: str
+) -> tuple[list[tuple[int, int]], int]:
+    """(Of each layer's two fused expert tensors, of the head): how many weights train, as many in all as without the
+    head. Arguments as in `head_share`."""
+    to_head = head_share(head, layers, fraction, projections)
+    counts = [active_counts(*weights, fraction, projections, to_head) for weights in layers]
+    in_all = sum(sum(active_counts(*weights, fraction, projections)) for weights in layers)
+    return counts, min(in_all - sum(map(sum, counts)), head)
+
+
 def counts_by_name(model: SparseModel, start: int, fraction: float, projections: str) -> dict[str, int]:
-    """Fused tensor, or the head -> how many of its weights train: as many in all as without the head."""
+    """Fused tensor, or the head -> how many of its weights train."""
     moes = model.moe_from(start)
     layers = [(moe.banks[0].numel, moe.banks[1].numel) for moe in moes]
-    to_head = head_share(model.head.numel if model.head is not None else 0, layers, fraction, projections)
-    counts: dict[str, int] = {}
-    in_all = 0
-    for moe, (up, down) in zip(moes, layers, strict=True):
-        in_all += sum(active_counts(up, down, fraction, projections))
-        counts |= zip(moe.names, active_counts(up, down, fraction, projections, to_head), strict=True)
-    if model.head is not None:
-        counts[model.head_name] = min(in_all - sum(counts.values()), model.head.numel)
-    return counts
+    of_layers, of_head = trained_counts(
+        model.head.numel if model.head is not None else 0, layers, fraction, projections
+    )  # fmt: skip
+    counts = {
+        name: count for moe, both in zip(moes, of_layers, strict=True)
+        for name, count in zip(moe.names, both, strict=True)
+    }  # fmt: skip
+    return counts if model.head is None else {**counts, model.head_name: of_head}
 
 
 def sample_chunks(samples: Sequence[int], chunk_rows: int) -> list[list[int]]:
@@ -353,7 +363,7 @@ def score_bank(
         odd.update(gradient_odd.reshape(-1), first)
         whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
 
-    _for_each_part(bank, pairs, score, (even, odd, whole))
+    for_each_part(bank, pairs, score, (even, odd, whole))
     return whole.indices(), (even.indices(), odd.indices())
 
 
@@ -366,11 +376,11 @@ def grow_candidates(bank: SparseWeights[Any], pairs: Sequence[Factors], kept: Te
         if rows is None or len(rows):
             best.update(part_gradient(bank, pairs, p, rows=rows).reshape(-1), p * bank.part_size, exclude=kept)
 
-    _for_each_part(bank, pairs, offer, (best,))
+    for_each_part(bank, pairs, offer, (best,))
     return best.indices()
 
 
-def _for_each_part(
+def for_each_part(
     bank: SparseWeights[Any], pairs: Sequence[Factors], work: Callable[[int, tuple[float, ...]], None],
     best: Sequence[RunningTopK],
 ) -> None:  # fmt: skip

@@ -15,6 +15,7 @@ Left out: memory inside one operator (a few MB of attention's blocks), and activ
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from usaf.experts import is_experts_module, projection_names
 from usaf.packing import kinds
 from usaf.quantization import E2M1_VALUES, INT4_VALUES, Encoding, hqq_encoding
 from usaf.skeleton import Handover, find_decoder, handover, leaves, skeleton
+from usaf.trained_parts import norms
 
 LENGTHS = (128, 256)
 """Tokens of the two rows of the question: enough that vectors of fixed size (norms) do not count."""
@@ -106,11 +108,12 @@ class Experts:
 @dataclass(frozen=True)
 class LayerShape:
     """linear_weights: of frozen linear maps outside the experts; widest_linear: of the largest of them; other_weights:
-    all else but the router's (norms, biases)."""
+    all else but the router's (norms, biases); norm_weights: of these, the norms that train where TRAIN_NORMS is 1."""
 
     linear_weights: int
     widest_linear: int
     other_weights: int
+    norm_weights: int
     activations: Activations
     experts: Experts | None
 
@@ -118,8 +121,8 @@ class LayerShape:
 @dataclass(frozen=True)
 class ModelShape:
     """width: numbers a token that cross from layer to layer (at most); head: (vocabulary, hidden); outside: activations
-    beside the layers (masks, tables, final norm); stored_bytes: of one dense weight in memory; mapped_share: the part
-    of these weights that is used from the checkpoint's files as it is."""
+    beside the layers (masks, tables, final norm); last_norm_weights: of the norms behind these; stored_bytes: of one
+    dense weight in memory; mapped_share: the part of such weights that is used from the checkpoint's files as is."""
 
     model_type: str
     layers: tuple[LayerShape, ...]
@@ -128,6 +131,7 @@ class ModelShape:
     head: tuple[int, int]
     tied: bool
     outside: Growth
+    last_norm_weights: int
     stored_bytes: int
     mapped_share: float
     context: int | None
@@ -139,7 +143,11 @@ class ModelShape:
     @property
     def shared_weights(self) -> int:
         """Embeddings and head."""
-        return self.head[0] * self.head[1] * (1 if self.tied else 2)
+        return self.head_weights * (1 if self.tied else 2)
+
+    @property
+    def head_weights(self) -> int:
+        return self.head[0] * self.head[1]
 
     def segments(self, start: int) -> list[tuple[int, int]]:
         """[start, layers) in the smallest pieces between two cuts."""
@@ -200,10 +208,11 @@ def model_shape(
     """
     _, layers_name, layers = find_decoder(model)
     measured, outside = ask_activations(model, masked)
+    of_norms = norm_weights(model, layers_name, handed_over)
     shapes = []
     for i, layer in enumerate(layers):
         name = f"{layers_name}.{i}"
-        shapes.append(layer_shape(model, name, layer, handed_over, encoding_of, *measured[i]))
+        shapes.append(layer_shape(model, name, layer, handed_over, encoding_of, of_norms[i], *measured[i]))
     text = model.config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     weight: Any = (head if isinstance(head, nn.Linear) else embedding).weight
@@ -211,14 +220,14 @@ def model_shape(
     return ModelShape(
         model_type=model.config.model_type, layers=tuple(shapes), splits=tuple(handed_over.splits),
         width=width, head=(weight.shape[0], weight.shape[1]),
-        tied=bool(model.all_tied_weights_keys), outside=outside, stored_bytes=stored_bytes, mapped_share=mapped_share,
-        context=getattr(text, "max_position_embeddings", None),
+        tied=bool(model.all_tied_weights_keys), outside=outside, last_norm_weights=of_norms[None],
+        stored_bytes=stored_bytes, mapped_share=mapped_share, context=getattr(text, "max_position_embeddings", None),
     )  # fmt: skip
 
 
 def layer_shape(
     model: PreTrainedModel, name: str, layer: nn.Module, handed_over: Handover, encoding_of: Callable[[str], Encoding],
-    activations: Activations, pairs_per_token: float,
+    of_norms: int, activations: Activations, pairs_per_token: float,
 ) -> LayerShape:  # fmt: skip
     """Count one layer's weights by their role."""
     found = [(n, m) for n, m in layer.named_modules() if is_experts_module(m) and f"{name}.{n}" in handed_over.called]
@@ -240,7 +249,21 @@ def layer_shape(
             bool(getattr(module, "has_post_expert_norm", False)),
         )  # fmt: skip
     others = max(0, all_weights - sum(linear) - routers)
-    return LayerShape(sum(linear), max(linear, default=0), others, activations, experts)
+    return LayerShape(sum(linear), max(linear, default=0), others, of_norms, activations, experts)
+
+
+def norm_weights(model: PreTrainedModel, layers_name: str, handed_over: Handover) -> Counter[int | None]:
+    """Weights of the norms that could train, by layer; None: behind the last."""
+    apart: list[str] = []
+    for name, module in model.named_modules():
+        if is_experts_module(module):
+            block = name.rpartition(".")[0]
+            routers = router_names(model.get_submodule(block), module)
+            apart += [name, *(f"{block}.{router}".rpartition(".")[0] for router in routers)]
+    found: Counter[int | None] = Counter()
+    for layer, _, module in norms(model, layers_name, handed_over, apart):
+        found[layer] += sum(p.numel() for p in (module._parameters["weight"],) if p is not None)
+    return found
 
 
 def oriented(module: nn.Module, parameter: str) -> tuple[int, int, int]:
@@ -250,13 +273,17 @@ def oriented(module: nn.Module, parameter: str) -> tuple[int, int, int]:
 
 
 def router_parameters(block: nn.Module, experts: nn.Module) -> list[nn.Parameter]:
-    """The 2D weight beside the experts that has a row for each of them."""
+    return list(router_names(block, experts).values())
+
+
+def router_names(block: nn.Module, experts: nn.Module) -> dict[str, nn.Parameter]:
+    """The 2D weight beside the experts that has a row for each of them, by its name in their block."""
     count = int(getattr(experts, "router_rows", next(p for p in experts.parameters() if p.ndim == 3).shape[0]))
     inside = {id(p) for p in experts.parameters()}
-    return [
-        p for n, p in block.named_parameters()
+    return {
+        n: p for n, p in block.named_parameters()
         if p.ndim == 2 and p.shape[0] == count and id(p) not in inside and "shared" not in n
-    ]  # fmt: skip
+    }  # fmt: skip
 
 
 # ---- activations ----------------------------------------------------------------------------------------------------

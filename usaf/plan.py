@@ -129,9 +129,7 @@ class Plan:
 
         say("measuring this machine for a few seconds ...")
         files = [p for p in self.folder.glob("*.safetensors") if p.stat().st_size > 1 << 28]
-        values = self.values
-        return measure(self.model, self.shape, values.frac, values.projections, cache_folder(values),
-                       max(files, default=None))  # fmt: skip
+        return measure(self.model, self.shape, self.work, cache_folder(self.values), max(files, default=None))
 
     def times(self, values: Settings, work: Work) -> list[PhaseTime]:
         from usaf.budget import last_reselection
@@ -320,6 +318,10 @@ def rates_figures(rates: Rates) -> dict[str, Any]:
                         for name, c in (("forward", r.forward), ("training", r.training), ("scoring", r.scoring),
                                         ("growing", r.growing))}}
                     for e, r in rates.experts.items()],
+        "head": {"blocks": rates.head.blocks, "selection_seconds": rates.head.selection,
+                 **{f"{name}_seconds_by_rows": dict(zip(map(str, c.rows), c.seconds, strict=True))
+                    for name, c in (("forward", rates.head.forward), ("training", rates.head.training),
+                                    ("dense", rates.head.dense), ("seeding", rates.head.seeding))}},
     }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """How long the phases of a run take on this machine: from a few seconds of measurement and the run's counts.
 
-What is measured is the code that will run, on weights of the model's own shapes: a few experts with random codes,
-forward, backward and scored, a frozen linear map, attention of one sequence, an update of Adam, a file read. Seconds of
-an expert are taken at several row counts and interpolated in between, since a product of 8 rows and one of 512 are
-different things; decoding and every overhead are part of them. A phase is then
+What is measured is the code that will run, on weights of the model's own shapes: a few experts with random codes and a
+few blocks of a head, forward, backward and scored, a frozen linear map, attention of one sequence, an update of Adam, a
+file read. Seconds of an expert, or of a block, are taken at several row counts and interpolated in between, since a
+product of 8 rows and one of 512 are different things; decoding and every overhead are part of them. A phase is then
 
-    layers x (experts x seconds(rows each gets) + dense weights x seconds(tokens) + attention + elementwise) + head
+    layers x (experts x seconds(rows each gets) + dense weights x seconds(tokens) + attention + elementwise)
+    + the head's blocks x seconds(tokens of a chunk)
 
 times its chunks or steps, or the time that the disk needs for the 4-bit weights where that is longer.
 
@@ -31,19 +32,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from usaf.budget import Work, active_weights
+from usaf import head_loss
+from usaf.budget import Work, trained_weights
 from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.experts import attach_banks, experts_forward, is_experts_module
-from usaf.importance import active_counts, grow_candidates, score_bank
+from usaf.importance import for_each_part, grow_candidates, part_gradient, score_bank
 from usaf.kernels.decode import decode_expert
+from usaf.kernels.scan import at_least
 from usaf.linear import FrozenLinear
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.optimizer import Adam
 from usaf.quantization import Encoding, QuantizedTensor, quantize
+from usaf.sparse_head import BLOCK_ELEMENTS, HeadGradients, SparseHead
 
 MOST_WEIGHTS = 40_000_000  # of the experts that are measured
 MOST_OPERATIONS = 2e10  # of one measured product; more rows are extrapolated
 ROWS = (4, 64, 256)
+HEAD_BLOCKS, HEAD_ROWS = 2, (16, 256)  # of a head: blocks a thread
 LONG_SECONDS = 0.3
 ATTENTION_HEADS, ATTENTION_WIDTH = 8, 128
 FILE_BYTES = 256 << 20
@@ -80,6 +85,20 @@ class ExpertRates:
 
 
 @dataclass(frozen=True)
+class HeadRates:
+    """Seconds of one block of the head, of `blocks` in all. By the rows of a chunk: its loss, alone and with all
+    gradients; by those of one kept backward: its dense gradient, and that of grown weights. selection: of the best of
+    its dense gradient."""
+
+    blocks: float
+    selection: float
+    forward: Curve
+    training: Curve
+    dense: Curve
+    seeding: Curve
+
+
+@dataclass(frozen=True)
 class Rates:
     """What this machine does. product: rows -> operations a second of a plain fp32 product; experts: by their kind;
     linear_forward, linear_training: seconds a dense weight by rows; attention: operations a second, forward and with
@@ -88,12 +107,12 @@ class Rates:
     threads: int
     product: dict[int, float]
     experts: dict[Experts, ExpertRates]
+    head: HeadRates
     linear_forward: Curve
     linear_training: Curve
     attention_forward: float
     attention_training: float
     copy_bytes: float
-    softmax_elements: float
     decode_weights: float
     widen_weights: float
     quantize_weights: float
@@ -110,9 +129,9 @@ class Rates:
 
 
 def measure(
-    model: PreTrainedModel, shape: ModelShape, frac: float, projections: str, folder: Path, on_disk: Path | None
+    model: PreTrainedModel, shape: ModelShape, work: Work, folder: Path, on_disk: Path | None
 ) -> Rates:  # fmt: skip
-    """A few seconds of this machine at work on a model's shapes.
+    """A few seconds of this machine at work on a model's shapes, as many weights of which train as `work` says.
 
     model: on the meta device; folder: where the cache will lie, for a file to write and read; on_disk: a large file
     that the run will read, if there is one.
@@ -125,13 +144,16 @@ def measure(
     forward, training = attention_rates()
     one = max(kinds, key=lambda e: e.weights)
     decode, widen = decoding_rates(one)
+    trains = trained_weights(shape, work)
+    counts = dict(zip(all_experts(shape.layers[work.start :]), trains.experts, strict=True))
     return Rates(
         threads=torch.get_num_threads(),
         product={rows: product_rate(rows, shape.hidden, one.up[0]) for rows in (16, 64, 256, 512)},
-        experts={experts: expert_rates(module_of(modules, experts), experts, frac, projections) for experts in kinds},
+        experts={e: expert_rates(module_of(modules, e), e, counts.get(e, (0, 0))) for e in kinds},
+        head=head_rates(shape, trains.head),
         linear_forward=linear[0], linear_training=linear[1],
         attention_forward=forward, attention_training=training,
-        copy_bytes=copy_rate(), softmax_elements=softmax_rate(), decode_weights=decode, widen_weights=widen,
+        copy_bytes=copy_rate(), decode_weights=decode, widen_weights=widen,
         quantize_weights=quantize_rate(), adam_weights=adam_rate(), read_bytes=read, write_bytes=write,
         seconds=time.perf_counter() - began,
     )  # fmt: skip
@@ -178,8 +200,10 @@ def random_bank(encoding: Encoding, shape: tuple[int, int, int]) -> QuantizedTen
     return encoding.of(parts, shape)
 
 
-def some_experts(module: nn.Module, experts: Experts, frac: float, projections: str) -> tuple[Any, int]:
-    """(a copy of an experts module with a few experts of random codes and random active weights, how many)."""
+def some_experts(module: nn.Module, experts: Experts, counts: tuple[int, int]) -> tuple[Any, int]:
+    """(a copy of an experts module with a few experts of random codes and random active weights, how many).
+
+    counts: active weights of all experts, in the two projections."""
     count = max(1, min(experts.count, MOST_WEIGHTS // (experts.weights // experts.count)))
     copied: Any = copy.deepcopy(module)
     for owner in copied.modules():
@@ -189,15 +213,18 @@ def some_experts(module: nn.Module, experts: Experts, frac: float, projections: 
                 owner._parameters[name] = nn.Parameter(torch.ones(size), requires_grad=False)
     up, down = (random_bank(e, (count, *s)) for e, s in zip(experts.encodings, (experts.up, experts.down), strict=True))
     banks = attach_banks(copied, up, down)
-    counts = active_counts(banks[0].numel, banks[1].numel, frac, projections)
     for bank, n in zip(banks, counts, strict=True):
-        places = torch.randint(bank.numel, (n,), generator=torch.Generator().manual_seed(0)).unique()
+        places = random_places(bank.numel, n * count // experts.count)
         bank.set_active(places, torch.zeros(len(places)))
     return copied, count
 
 
-def expert_rates(module: nn.Module, experts: Experts, frac: float, projections: str) -> ExpertRates:
-    copied, count = some_experts(module, experts, frac, projections)
+def random_places(numel: int, count: int) -> Tensor:
+    return torch.randint(numel, (count,), generator=torch.Generator().manual_seed(0)).unique()
+
+
+def expert_rates(module: nn.Module, experts: Experts, counts: tuple[int, int]) -> ExpertRates:
+    copied, count = some_experts(module, experts, counts)
     a_row = 2 * count * experts.weights / experts.count
     rows = [r for r in ROWS if r * a_row <= MOST_OPERATIONS] or [ROWS[0]]
     forward, training, scoring, growing = [], [], [], []
@@ -278,6 +305,47 @@ def captured(
     return banks, pairs
 
 
+def head_rates(shape: ModelShape, active: int) -> HeadRates:
+    """Of a few blocks of a head; active: trained weights of all of it."""
+    vocabulary, hidden = shape.head
+    rows_of_one = min(vocabulary, max(1, BLOCK_ELEMENTS // hidden))
+    count = max(1, min(HEAD_BLOCKS * torch.get_num_threads(), vocabulary // rows_of_one))
+    dtype = torch.float32 if shape.stored_bytes == 4 else torch.bfloat16
+    head = SparseHead(FrozenLinear((torch.randn(count * rows_of_one, hidden) / 50).to(dtype), None))
+    places = random_places(head.numel, active * head.numel // shape.head_weights)
+    head.set_active(places, torch.full((len(places),), 1e-3))
+    forward, training, dense, seeding = [], [], [], []
+    rows = [r for r in HEAD_ROWS if 4 * r * head.numel <= MOST_OPERATIONS] or [HEAD_ROWS[0]]
+    for r in rows:
+        x, targets = torch.randn(r, hidden), torch.zeros(r, dtype=torch.int64)
+        forward.append(best(partial(head_loss.loss_sum, head, x, targets)) / count)
+        training.append(best(partial(head_loss.loss_and_gradients, head, x, targets), 2) / count)
+        head.captured = []
+        head.receive(x, targets, head_loss.loss_and_gradients(head, x, targets), 1 / r)
+        (kept,) = head.take_captured()
+        dense.append(best(partial(dense_gradients, kept), 2) / count)
+        seeding.append(best(partial(seeded, kept), 2) / count)
+    # Once a few blocks have passed, hardly any weight of the others is a candidate.
+    gradient = torch.randn(rows_of_one * hidden)
+    selection = best(lambda: at_least(gradient, 2.5)) / min(count, torch.get_num_threads())
+    curves = (Curve(tuple(rows), tuple(seconds)) for seconds in (forward, training, dense, seeding))
+    return HeadRates(vocabulary / rows_of_one, selection, *curves)
+
+
+def dense_gradients(kept: HeadGradients) -> None:
+    """Of all rows: how many need not be formed, only the data will tell."""
+
+    def work(block: int, _: tuple[float, ...]) -> None:
+        part_gradient(kept.head, [kept], block)
+
+    for_each_part(kept.head, [kept], work, ())
+
+
+def seeded(kept: HeadGradients) -> None:
+    """The gradient of an eighth of the trained weights."""
+    kept.head.delta_gradient(kept, kept.dtype, torch.arange(len(kept.head.delta)) % 8 == 0)
+
+
 def linear_curves(shape: ModelShape) -> tuple[Curve, Curve]:
     """Seconds a weight of a frozen linear map, forward, and with the gradient of its input."""
     size = min(2048, max(64, shape.hidden))
@@ -312,12 +380,6 @@ def attention_rates(length: int = 512) -> tuple[float, float]:
 def copy_rate() -> float:
     source = torch.randn(1 << 23)
     return 2 * source.nbytes / best(lambda: source * 2)
-
-
-def softmax_rate() -> float:
-    """Elements of logits a second: loss and its gradient."""
-    logits, targets = torch.randn(32, 50_000, requires_grad=True), torch.zeros(32, dtype=torch.int64)
-    return logits.numel() / best(lambda: F.cross_entropy(logits, targets).backward())
 
 
 def decoding_rates(experts: Experts) -> tuple[float, float]:
@@ -431,9 +493,8 @@ class _Pass:
     def head(self, tokens: int, chunk: int, gradient: bool) -> None:
         vocabulary, hidden = self.shape.head
         chunks = -(-tokens // max(1, chunk))
-        linear = self.rates.linear_training if gradient else self.rates.linear_forward
-        self.seconds += chunks * vocabulary * hidden * linear.at(tokens / chunks)
-        self.seconds += tokens * vocabulary / self.rates.softmax_elements * (1 if gradient else 0.5)
+        curve = self.rates.head.training if gradient else self.rates.head.forward
+        self.seconds += chunks * self.rates.head.blocks * curve.at(tokens / chunks)
         self.operations += 2 * tokens * vocabulary * hidden * (2 if gradient else 1)
 
 
@@ -488,16 +549,20 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
         one.layer(layer, chunk, training=True)
     one.head(chunk, work.head_chunk_tokens, gradient=True)
     seconds, operations = one.seconds * tokens / chunk, one.operations * tokens / chunk
-    for experts in all_experts(shape.layers[work.start :]):
+    trains = trained_weights(shape, work)
+    for experts, counts in zip(all_experts(shape.layers[work.start :]), trains.experts, strict=True):
         rows = tokens * experts.pairs_per_token / experts.count
         seconds += experts.count * rates.expert(experts).scoring.at(rows)
-        operations += 2 * rows * scored_weights(experts, work)
+        operations += 2 * rows * scored_weights(experts, counts)
+    if trains.head:
+        seconds += rates.head.blocks * (tokens / chunk * rates.head.dense.at(chunk) + 3 * rates.head.selection)
+        operations += 2 * 2 * tokens * shape.head_weights  # logits again, and their product with the inputs
     return PhaseTime("importance", seconds, operations=operations)
 
 
-def scored_weights(experts: Experts, work: Work) -> int:
+def scored_weights(experts: Experts, counts: tuple[int, int]) -> int:
     """Of a layer: those whose dense gradients are formed."""
-    return sum(n for n, active in zip(experts.bank_weights, active_weights(experts, work), strict=True) if active)
+    return sum(n for n, active in zip(experts.bank_weights, counts, strict=True) if active)
 
 
 def step_time(shape: ModelShape, rates: Rates, work: Work, steps: int) -> PhaseTime:
@@ -506,8 +571,8 @@ def step_time(shape: ModelShape, rates: Rates, work: Work, steps: int) -> PhaseT
     for layer in shape.layers[work.start :]:
         one.layer(layer, work.step_tokens, training=True)
     one.head(work.step_tokens, work.head_chunk_tokens, gradient=True)
-    active = sum(n for e in all_experts(shape.layers[work.start :]) for n in active_weights(e, work))
-    seconds = one.seconds * work.accum + active / rates.adam_weights
+    trains = trained_weights(shape, work)
+    seconds = one.seconds * work.accum + (trains.active + trains.whole) / rates.adam_weights
     return PhaseTime("steps", seconds * steps, steps, one.operations * work.accum * steps)
 
 
@@ -515,10 +580,17 @@ def reselect_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> li
     if not times:
         return []
     tokens, seconds, operations = work.capture_steps * work.accum * work.step_tokens, 0.0, 0.0
-    for experts in all_experts(shape.layers[work.start :]):
+    trains = trained_weights(shape, work)
+    for experts, counts in zip(all_experts(shape.layers[work.start :]), trains.experts, strict=True):
         rows = tokens * experts.pairs_per_token / experts.count
         seconds += experts.count * rates.expert(experts).growing.at(rows)
-        operations += 2 * rows * scored_weights(experts, work)
+        operations += 2 * rows * scored_weights(experts, counts)
+    if trains.head:
+        chunk = min(work.head_chunk_tokens, work.step_tokens)
+        entries = work.capture_steps * work.accum * -(-work.step_tokens // chunk)
+        head = rates.head
+        seconds += head.blocks * (entries * (head.dense.at(chunk) + head.seeding.at(chunk)) + head.selection)
+        operations += 3 * 2 * tokens * shape.head_weights  # dz, dW, and dz again for the moments of grown weights
     return [PhaseTime("reselections", seconds * times, times, operations * times)]
 
 
@@ -534,5 +606,6 @@ def evaluate_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> Ph
 
 
 def save_time(shape: ModelShape, rates: Rates, work: Work, times: int) -> PhaseTime:
-    active = sum(n for e in all_experts(shape.layers[work.start :]) for n in active_weights(e, work))
-    return PhaseTime("checkpoints", times * active * 28 / rates.write_bytes, times)
+    trains = trained_weights(shape, work)
+    size = 28 * trains.active + 16 * trains.whole
+    return PhaseTime("checkpoints", times * size / rates.write_bytes, times)

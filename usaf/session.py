@@ -8,6 +8,7 @@ so they compute the same bits. Commands that need no data begin with `prepare_mo
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import time
@@ -50,7 +51,8 @@ from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
 RATE_TIMES_WIDTH = 2.0
-"""LR_PEAK's default times the hidden size."""
+"""LR_PEAK's default times the hidden size, up to a density of `RATE_DENSITY`; above, it falls with the square root."""
+RATE_DENSITY = 0.02
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
@@ -251,12 +253,13 @@ def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> Re
 
 
 def resolve_learning_rate(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
-    """LR_PEAK, where it is not set: the wider a layer, the more weights move together in each of its sums, and the less
-    each may (docs/decisions.md has the sweeps)."""
+    """LR_PEAK, where it is not set: the wider a layer and the denser what trains, the more weights move together in
+    each of its sums, and the less each may (docs/decisions.md has the sweeps)."""
     if settings.values.lr_peak is not None:
         return settings
     hidden = next(iter(shapes_of(checkpoint).values()))[2]
-    return settings.replace("model", lr_peak=float(f"{RATE_TIMES_WIDTH / hidden:.2g}"))
+    rate = RATE_TIMES_WIDTH / hidden * min(1.0, math.sqrt(RATE_DENSITY / settings.values.frac))
+    return settings.replace("model", lr_peak=float(f"{rate:.2g}"))
 
 
 def settle_train_from(

@@ -205,7 +205,7 @@ class Settings:
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of deltas and norms, warm-up then cosine",
-        unset="2 / hidden size, so 9.8e-4 for one of 2048",
+        unset="2 / hidden size, so 9.8e-4 for one of 2048; less for a FRAC above 2%",
     )
     reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
     use_cuda: bool | None = _setting(

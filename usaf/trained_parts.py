@@ -8,13 +8,14 @@ follows the last layer. They are fp32 masters, as routers are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from usaf.model import SparseModel, master_dtype
+from usaf.skeleton import Handover
 from usaf.sparse_head import SparseHead
 
 
@@ -46,20 +47,25 @@ def trained_norms(model: SparseModel, start: int) -> dict[str, nn.Module]:
     """Module name -> the module."""
     apart = [moe.names[0].rpartition(".")[0] for moe in model.moe]
     apart += [moe.router_name.rpartition(".")[0] for moe in model.moe]
-    found = {}
-    for name, module in model.model.named_modules():
+    found = norms(model.model, model.layers_name, model.handover, apart)
+    return {name: module for layer, name, module in found if layer is None or layer >= start}
+
+
+def norms(
+    model: nn.Module, layers_name: str, handover: Handover, apart: list[str]
+) -> Iterator[tuple[int | None, str, nn.Module]]:  # fmt: skip
+    """(layer, name, module) of those that could train; layer None: behind the last. apart: the names of experts and
+    routers."""
+    for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is None or weight.ndim != 1 or name not in model.handover.called:
+        if weight is None or weight.ndim != 1 or name not in handover.called:
             continue
         if any(f"{name}.".startswith(f"{other}.") for other in apart):
             continue
-        if name.startswith(f"{model.layers_name}."):
-            trains = int(name[len(model.layers_name) + 1 :].split(".")[0]) >= start
-        else:
-            trains = name in model.handover.after_layers
-        if trains:
-            found[name] = module
-    return found
+        if name.startswith(f"{layers_name}."):
+            yield int(name[len(layers_name) + 1 :].split(".")[0]), name, module
+        elif name in handover.after_layers:
+            yield None, name, module
 
 
 def in_fp32(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
