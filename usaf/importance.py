@@ -84,14 +84,14 @@ def counts_by_name(model: SparseModel, start: int, fraction: float, projections:
     """Fused tensor, or the head -> how many of its weights train: as many in all as without the head."""
     moes = model.moe_from(start)
     layers = [(moe.banks[0].numel, moe.banks[1].numel) for moe in moes]
-    to_head = head_share(model.head.numel if model.head is not None else 0, layers, projections)
+    in_all = sum(sum(active_counts(up, down, fraction, projections)) for up, down in layers)
+    head = model.head.numel if model.head is not None else 0
+    to_head = min(head_share(head, layers, projections), head / in_all)  # no more than it has
     counts: dict[str, int] = {}
-    in_all = 0
     for moe, (up, down) in zip(moes, layers, strict=True):
-        in_all += sum(active_counts(up, down, fraction, projections))
         counts |= zip(moe.names, active_counts(up, down, fraction, projections, to_head), strict=True)
     if model.head is not None:
-        counts[model.head_name] = min(in_all - sum(counts.values()), model.head.numel)
+        counts[model.head_name] = in_all - sum(counts.values())
     return counts
 
 
@@ -297,7 +297,8 @@ def part_gradient(
             total = dy.t() @ x if total is None else total.addmm_(dy.t(), x)
             waiting = []
     if total is None:
-        return torch.zeros(weights.part_rows, weights.part_columns, dtype=dtype, device=weights.device)
+        rows = min(weights.part_rows, weights.numel // weights.part_columns - p * weights.part_rows)
+        return torch.zeros(rows, weights.part_columns, dtype=dtype, device=weights.device)
     return total
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usaf.model import SparseModel, master_dtype
+from usaf.model import MoeLayer, SparseModel, master_dtype
 from usaf.sparse_head import SparseHead
 
 
@@ -44,8 +44,7 @@ def open_norms(model: SparseModel, start: int) -> None:
 
 def trained_norms(model: SparseModel, start: int) -> dict[str, nn.Module]:
     """Module name -> the module."""
-    apart = [moe.names[0].rpartition(".")[0] for moe in model.moe]
-    apart += [moe.router_name.rpartition(".")[0] for moe in model.moe]
+    apart = [name for moe in model.moe for name in experts_and_router(moe)]
     found = {}
     for name, module in model.model.named_modules():
         weight = module._parameters.get("weight")
@@ -60,6 +59,13 @@ def trained_norms(model: SparseModel, start: int) -> dict[str, nn.Module]:
         if trains:
             found[name] = module
     return found
+
+
+def experts_and_router(moe: MoeLayer) -> tuple[str, str]:
+    """The names of the two modules of a layer's MoE block; a router may be several layers deep (zaya's is)."""
+    experts = moe.names[0].rpartition(".")[0]
+    block = experts.rpartition(".")[0]
+    return experts, f"{block}.{moe.router_name[len(block) + 1 :].partition('.')[0]}"
 
 
 def in_fp32(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
