@@ -215,9 +215,8 @@ def exported(world: World, output: Path, *flags: str) -> dict[str, Any]:
 def dense_head(world: World) -> tuple[Tensor, Tensor]:
     """(its base, its base with the delta), worked out here from the files, in fp32."""
     tensors = delta_tensors(finished(world))
-    base = load_file(world.model / "model.safetensors")[
-        EMBEDDINGS if world.model.parent.name.startswith("tied") else HEAD
-    ]
+    stored = load_file(world.model / "model.safetensors")
+    base = stored.get(HEAD, stored[EMBEDDINGS])
     merged = base.float()
     merged.view(-1)[tensors[f"{HEAD}.indices"].long()] += tensors[f"{HEAD}.values"]
     return base.float(), merged

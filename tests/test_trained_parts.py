@@ -6,6 +6,7 @@ Judged by transformers' own model, whose calls are watched: which modules run, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,12 @@ def watched(reference: PreTrainedModel, layers: nn.ModuleList) -> tuple[set[str]
     called: dict[str, bool] = {}
     after, states, out = [], [], []
     hooks = [layers[-1].register_forward_hook(lambda *_: after.append(True))]
+
+    def note(name: str, *_: Any) -> None:
+        called.setdefault(name, bool(after))
+
     for name, module in reference.named_modules():
-        hooks.append(module.register_forward_pre_hook(lambda *_, n=name: called.setdefault(n, bool(after)) and None))
+        hooks.append(module.register_forward_pre_hook(functools.partial(note, name)))
     decoder = reference.get_submodule(next(n for n, m in reference.named_modules() if m is layers).rpartition(".")[0])
     hooks.append(decoder.register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state)))
     head: Any = reference.get_output_embeddings()
