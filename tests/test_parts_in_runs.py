@@ -148,9 +148,9 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "a value less": (lambda t: t.update({f"{HEAD}.values": t[f"{HEAD}.values"][1:]}), "not one value for each index"),
     "a value that is none": (lambda t: t[f"{HEAD}.values"].__setitem__(0, float("nan")), "finite numbers"),
     "no head": (lambda t: [t.pop(f"{HEAD}.{part}") for part in ("indices", "values")], HEAD),
-    "the embeddings": (
+    "the embeddings for the head": (
         lambda t: t.update({f"{EMBEDDINGS}.{part}": t.pop(f"{HEAD}.{part}") for part in ("indices", "values")}),
-        EMBEDDINGS,
+        HEAD,
     ),
     "a whole head": (lambda t: t.update({HEAD: torch.zeros(VOCAB, 64)}), HEAD),
     "a norm less": (lambda t: t.pop(NORM), NORM),
