@@ -38,7 +38,7 @@ def open_norms(model: SparseModel, start: int) -> None:
         if model.backend.compute_dtype in (torch.float16, torch.bfloat16):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.float32)
-            module.forward = functools.partial(in_fp32, module.forward)
+            module.forward = functools.partial(in_fp32, module.forward, model.backend.compute_dtype)
         weight.data = weight.data.to(master_dtype(model.backend))
 
 
@@ -68,9 +68,9 @@ def experts_and_router(moe: MoeLayer) -> tuple[str, str]:
     return experts, f"{block}.{moe.router_name[len(block) + 1 :].partition('.')[0]}"
 
 
-def in_fp32(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """A module's forward in the type of its fp32 weights, and its result in the type that came in."""
-    narrow = next(a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())
+def in_fp32(forward: Callable[..., Tensor], narrow: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
+    """A module's forward in the type of its fp32 weights, and its result in `narrow`: some families cast what goes in
+    to the type of the weight, so what comes in does not say what is to come out."""
 
     def widened(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
