@@ -93,7 +93,8 @@ def base_into(reference: PreTrainedModel, model: SparseModel) -> None:
         reference.get_parameter(name).data.copy_(weight)
     if model.head is not None:
         weight = torch.cat([model.head.block(p, torch.float32) for p in range(model.head.num_parts)])
-        reference.get_output_embeddings().weight = nn.Parameter(weight.detach())
+        head = reference.get_output_embeddings()
+        head.weight = nn.Parameter(weight.detach().to(head.weight.dtype))
 
 
 def reference_of(folder: Path, model: SparseModel) -> PreTrainedModel:

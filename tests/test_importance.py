@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from usaf import importance
+from usaf import importance, sparse_head
 from usaf.data import Rows, pack
 from usaf.devices import choose_backend
 from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.importance import (
     Importance,
     active_count,
+    counts_by_name,
     experts_are_only_added,
     find_important,
     grow_candidates,
@@ -36,10 +38,14 @@ from usaf.importance import (
     sample_chunks,
     score_bank,
 )
+from usaf.linear import FrozenLinear
 from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates, chunked
 from usaf.quantization import quantize
 from usaf.selection import overlap
+from usaf.sparse_head import SparseHead
+from usaf.sparse_weights import Factors, SparseWeights
+from usaf.trained_parts import open_head
 
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "qwen3_moe from 2": ("qwen3_moe", 2, {}),
@@ -86,10 +92,11 @@ class Pair:
         return BoundaryStates(self.model, rows, chunks, self.start, torch.float32, {}, None)
 
     def names(self) -> list[str]:
-        return [name for moe in self.model.moe_from(self.start) for name in moe.names]
+        return list(self.model.sparse_weights(self.start))
 
     def dense(self, rows: Rows, samples: Sequence[int]) -> dict[str, Tensor]:
-        """The gradient of the mean loss over all targets of the samples, by autograd: [E, out, in] by name.
+        """The gradient of the mean loss over all targets of the samples, by autograd: [E, out, in] by name, of a head
+        that trains [vocabulary, H].
 
         One sample at a time and without padding; our shift of the labels is done here once more, by hand.
         """
@@ -109,14 +116,15 @@ class Pair:
         found = {}
         for name in names:
             gradient = self.reference.get_parameter(name).grad / targets
-            transposed = self.reference.get_submodule(name.rpartition(".")[0]).is_transposed
+            transposed = getattr(self.reference.get_submodule(name.rpartition(".")[0]), "is_transposed", False)
             found[name] = gradient.transpose(1, 2) if transposed else gradient
         return found
 
 
-def make_pair(folder: Path, family: str, start: int, **changes: Any) -> Pair:
+def make_pair(folder: Path, family: str, start: int, head: bool = False, **changes: Any) -> Pair:
     backend = dataclasses.replace(choose_backend(False, True), compute_dtype=torch.float64)
     model = build(write_checkpoint(folder, family, **changes), backend)
+    assert not head or open_head(model)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
     base_into(reference, model)
     for moe in model.moe:  # base_into goes through fp32; the base is 16 bits wide, so nothing is lost
@@ -161,19 +169,21 @@ def find(pair: Pair, rows: Rows, samples: Sequence[int], fraction: float = 0.02,
 
 @pytest.fixture
 def deferred(monkeypatch: pytest.MonkeyPatch) -> dict[int, Tensor]:
-    """id of a bank -> its dense gradient as the deferred way has it, in float64, filled by `find_important`."""
+    """id of a bank or of the head -> its dense gradient as the deferred way has it, in float64, filled by
+    `find_important`."""
     seen: dict[int, Tensor] = {}
 
-    def recording(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
-        seen[id(bank)] = torch.stack([part_gradient(bank, pairs, e, torch.float64) for e in range(bank.num_experts)])
+    def recording(bank: SparseWeights[Any], pairs: Sequence[Factors], k: int) -> Any:
+        parts = [part_gradient(bank, pairs, p, torch.float64) for p in range(bank.num_parts)]
+        seen[id(bank)] = torch.cat(parts).reshape(bank.shape)
         return score_bank(bank, pairs, k)
 
     monkeypatch.setattr(importance, "score_bank", recording)
     return seen
 
 
-def banks_of(pair: Pair) -> dict[str, ExpertBank]:
-    return {n: b for moe in pair.model.moe_from(pair.start) for n, b in zip(moe.names, moe.banks, strict=True)}
+def banks_of(pair: Pair) -> dict[str, SparseWeights[Any]]:
+    return pair.model.sparse_weights(pair.start)
 
 
 def best(scores: Tensor, k: int) -> Tensor:
@@ -380,6 +390,165 @@ def test_down_projections_alone(qwen: Pair) -> None:
 ])  # fmt: skip
 def test_active_count(numel: int, fraction: float, count: int) -> None:
     assert active_count(numel, fraction) == count
+
+
+# -- a head that trains ------------------------------------------------------------------------------------------------
+
+HEADS: dict[str, dict[str, Any]] = {"untied": {}, "tied": {"tie_word_embeddings": True}}
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    made: dict[str, Pair] = {}
+
+    def pair(which: str) -> Pair:
+        if which not in made:
+            folder = tmp_path_factory.mktemp("headed") / "checkpoint"
+            made[which] = make_pair(folder, "qwen3_moe", 2, head=True, **HEADS[which])
+        return made[which]
+
+    return pair
+
+
+@pytest.fixture(params=[20, 128], ids=["blocks of 20 rows", "one block"])
+def block_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The rows of a head's block: of 128 in all, so that the last block of 20 has 8."""
+    monkeypatch.setattr(sparse_head, "BLOCK_ELEMENTS", request.param * 64)
+    return int(request.param)
+
+
+def in_blocks(pair: Pair, rows: int) -> Pair:
+    """The same with a head in blocks of so many rows."""
+    head = pair.model.head
+    assert head is not None
+    pair.model.head = SparseHead(FrozenLinear(head.weight, head.bias))
+    assert pair.model.head.part_rows == rows
+    return pair
+
+
+@pytest.mark.parametrize("projections", ["all", "down"])
+@pytest.mark.parametrize("which", HEADS)
+def test_the_heads_choice_is_that_of_its_dense_gradient(
+    headed: Callable[[str], Pair], deferred: dict[int, Tensor], block_rows: int, which: str, projections: str
+) -> None:
+    """Of the output side alone where the embeddings share its tensor; the experts' choice beside it as well."""
+    pair, rows, samples = in_blocks(headed(which), block_rows), make_rows(), [5, 0, 3, 1, 6]
+    head = pair.model.head_name
+    found = find_important(
+        pair.model, pair.states(rows), rows, samples, 0.05, 2, 7, lambda n: None, projections=projections
+    )  # fmt: skip
+    expected = pair.dense(rows, samples)
+    assert found.active.keys() == expected.keys() == {*pair.names(), head}
+    for name, weights in banks_of(pair).items():
+        if len(found.active[name]):
+            assert_same_gradient(deferred[id(weights)], expected[name])
+            assert_top_k(found.active[name], expected[name], len(found.active[name]))
+    assert len(found.active[head]) > 50
+    assert len(found.active[pair.names()[0]]) == 0 or projections == "all"
+
+
+@pytest.mark.parametrize(("chunk_rows", "head_chunk_tokens"), [(1, 16), (3, 5), (100, 1000)])
+def test_chunks_do_not_matter_to_the_head(
+    headed: Callable[[str], Pair], deferred: dict[int, Tensor], chunk_rows: int, head_chunk_tokens: int
+) -> None:
+    """Neither those of the samples nor those of the tokens that go through the head at a time."""
+    pair, rows = headed("untied"), make_rows()
+    states = pair.states(rows)
+    found = find_important(pair.model, states, rows, range(7), 0.05, chunk_rows, head_chunk_tokens, lambda n: None)
+    head, expected = pair.model.head_name, pair.dense(rows, range(7))[pair.model.head_name]
+    assert_same_gradient(deferred[id(pair.model.head)], expected)
+    assert_top_k(found.active[head], expected, len(found.active[head]))
+    assert pair.model.head is not None
+    assert pair.model.head.captured is None
+    assert pair.model.head.delta.grad is None
+
+
+def test_half_overlap_counts_the_head(headed: Callable[[str], Pair], block_rows: int) -> None:
+    pair, rows = in_blocks(headed("untied"), block_rows), make_rows()
+    found = find(pair, rows, [0, 1, 2, 3, 4, 5, 6], fraction=0.05, chunk_rows=2)
+    even, odd = pair.dense(rows, [0, 3, 4]), pair.dense(rows, [1, 2, 5, 6])
+    shares = {}
+    for name, active in found.active.items():
+        k = len(active)
+        first, second = (set(best(g[name].abs(), k).tolist()) for g in (even, odd))
+        shares[name] = len(first & second) / k
+    assert 0 < shares[pair.model.head_name] < 1
+    assert found.half_overlap == pytest.approx(sum(shares.values()) / len(shares), abs=0.003)
+
+
+def test_one_sample_and_a_short_last_block(headed: Callable[[str], Pair], block_rows: int) -> None:
+    """The odd half is empty, and its gradient of the last block has that block's rows, not a whole block's."""
+    pair, rows = in_blocks(headed("untied"), block_rows), make_rows()
+    found = find(pair, rows, [4], fraction=0.05)
+    assert math.isnan(found.half_overlap)
+    head = pair.model.head_name
+    assert_top_k(found.active[head], pair.dense(rows, [4])[head], len(found.active[head]))
+
+
+def test_a_block_without_any_backward_has_no_gradient(block_rows: int) -> None:
+    head = SparseHead(FrozenLinear(torch.randn(128, 64), None))
+    shapes = [part_gradient(head, [], p).shape for p in range(head.num_parts)]
+    assert [rows for rows, _ in shapes] == [end - first for first, end in map(head.rows_of, range(head.num_parts))]
+    assert grow_candidates(head, [], torch.arange(100), 128 * 64 - 100).tolist() == list(range(100, 128 * 64))
+
+
+def shaped_like(layers: int, up: int, down: int, head: int) -> SparseModel:
+    """A model of which the counts alone are asked: weights of each layer's projections, and of the head."""
+    moes = [
+        SimpleNamespace(names=(f"{i}.up", f"{i}.down"), banks=(SimpleNamespace(numel=up), SimpleNamespace(numel=down)))
+        for i in range(layers)
+    ]
+    own = SimpleNamespace(numel=head) if head else None
+    model = SimpleNamespace(moe_from=lambda start: moes[start:], head=own, head_name="head")
+    return model  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("projections", ["all", "down"])
+@pytest.mark.parametrize("fraction", [1e-9, 0.005, 0.02, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("head", [1, 60, 5_000, 64_000, 10_000_000])
+@pytest.mark.parametrize(("layers", "up", "down"), [(3, 2_000, 1_000), (1, 100, 50), (2, 40_003, 19_999)])
+def test_as_many_weights_with_a_head_as_without(
+    layers: int, up: int, down: int, head: int, fraction: float, projections: str
+) -> None:
+    """In all: from a head of one weight to one that is far larger than all experts, and never more than there are."""
+    without = counts_by_name(shaped_like(layers, up, down, 0), 0, fraction, projections)
+    counts = counts_by_name(shaped_like(layers, up, down, head), 0, fraction, projections)
+    assert counts.keys() == {*without, "head"}
+    assert sum(counts.values()) == sum(without.values())
+    assert 0 <= counts["head"] <= head
+    for name in without:
+        assert 0 <= counts[name] <= (up if name.endswith("up") else down)
+    of_down = layers * (up + down if projections == "all" else down)
+    in_all = sum(without.values())
+    share = min(head / (head + of_down), head / in_all)
+    # Every layer gives whole weights: the head may lack one a tensor.
+    assert share * in_all - 2 * layers <= counts["head"] <= share * in_all + 1e-6 * in_all
+
+
+def test_the_head_of_a_model_may_get_no_weight(headed: Callable[[str], Pair]) -> None:
+    """Where experts train one weight each, none is left for it."""
+    pair, rows = headed("untied"), make_rows()
+    found = find(pair, rows, range(6), fraction=1e-9)
+    assert {name: len(active) for name, active in found.active.items()} == {
+        **dict.fromkeys(pair.names(), 1), pair.model.head_name: 0,
+    }  # fmt: skip
+    assert 0 <= found.half_overlap <= 1
+
+
+@pytest.mark.parametrize("projections", ["all", "down"])
+def test_counts_of_a_model(headed: Callable[[str], Pair], projections: str) -> None:
+    """As found, in the model: also where everything trains."""
+    pair, rows = headed("untied"), make_rows()
+    states = pair.states(rows)
+    for fraction in (0.01, 1.0):
+        found = find_important(
+            pair.model, states, rows, range(4), fraction, 4, 16, lambda n: None, projections=projections
+        )
+        sizes = {name: len(active) for name, active in found.active.items()}
+        assert sizes == counts_by_name(pair.model, 2, fraction, projections)
+        for name, weights in banks_of(pair).items():
+            assert torch.equal(found.active[name], found.active[name].unique())
+            assert sizes[name] == 0 or int(found.active[name][-1]) < weights.numel
 
 
 # -- candidates of a reselection ---------------------------------------------------------------------------------------

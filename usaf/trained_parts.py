@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usaf.model import SparseModel, master_dtype
+from usaf.model import MoeLayer, SparseModel, master_dtype
 from usaf.skeleton import Handover
 from usaf.sparse_head import SparseHead
 
@@ -39,14 +39,13 @@ def open_norms(model: SparseModel, start: int) -> None:
         if model.backend.compute_dtype in (torch.float16, torch.bfloat16):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.float32)
-            module.forward = functools.partial(in_fp32, module.forward)
+            module.forward = functools.partial(in_fp32, module.forward, model.backend.compute_dtype)
         weight.data = weight.data.to(master_dtype(model.backend))
 
 
 def trained_norms(model: SparseModel, start: int) -> dict[str, nn.Module]:
     """Module name -> the module."""
-    apart = [moe.names[0].rpartition(".")[0] for moe in model.moe]
-    apart += [moe.router_name.rpartition(".")[0] for moe in model.moe]
+    apart = [name for moe in model.moe for name in experts_and_router(moe)]
     found = norms(model.model, model.layers_name, model.handover, apart)
     return {name: module for layer, name, module in found if layer is None or layer >= start}
 
@@ -68,10 +67,16 @@ def norms(
             yield None, name, module
 
 
-def in_fp32(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A module's forward in the type of its fp32 weights, and its result in the type that came in."""
-    floats = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-    narrow = floats[0].dtype if floats else torch.float32
+def experts_and_router(moe: MoeLayer) -> tuple[str, str]:
+    """The names of the two modules of a layer's MoE block; a router may be several layers deep (zaya's is)."""
+    experts = moe.names[0].rpartition(".")[0]
+    block = experts.rpartition(".")[0]
+    return experts, f"{block}.{moe.router_name[len(block) + 1 :].partition('.')[0]}"
+
+
+def in_fp32(forward: Callable[..., Any], narrow: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """A module's forward in the type of its fp32 weights, and its result in `narrow`: some families cast what goes in
+    to the type of the weight, so what comes in does not say what is to come out."""
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, tuple):
