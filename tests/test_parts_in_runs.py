@@ -94,9 +94,8 @@ def test_a_checkpoint_inside_a_capture_window_resumes_to_the_bit(own: World, mon
     folder = own.runs / "interrupted"
     saved = load_checkpoint(list_checkpoints(folder)[-1])
     captured = saved.about["captured"][HEAD]
-    assert {entry["step"] for entry in captured} == {2}
-    assert len(captured) > 1
-    assert all(1 <= len(saved.tensors[f"captured/{HEAD}/{i}/targets"]) <= 7 for i in range(len(captured)))
+    assert [entry["step"] for entry in captured] == [2]
+    assert len(saved.tensors[f"captured/{HEAD}/0/targets"]) > 7
     assert f"whole/{NORM}" in saved.tensors
     assert f"adam/{NORM}/exp_avg" in saved.tensors
     assert own.train("interrupted", RESUME="auto", **SETTINGS) == 0

@@ -159,11 +159,16 @@ def test_the_default_first_trainable_layer_is_printed_as_a_number(
     assert "settled: TRAIN_FROM = 3 (default)" in capsys.readouterr().out.splitlines()
 
 
-def test_the_default_rate_goes_with_the_inverse_of_the_width(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert world.train("default-rate", LR_PEAK=None, STEPS=1) == 0
-    assert "settled: LR_PEAK = 0.031 (model)" in capsys.readouterr().out.splitlines()  # 2 / 64
-    saved = read_json(world.runs / "default-rate" / "settings.json")["settings"]["LR_PEAK"]
-    assert saved == {"value": 0.031, "source": "model"}
+@pytest.mark.parametrize(("frac", "rate"), [("0.005", 0.031), ("0.02", 0.031), ("0.08", 0.016)])
+def test_the_default_rate_goes_with_width_and_density(
+    world: World, frac: str, rate: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 / 64, and half of it at four times 2%."""
+    tag = f"default-rate-{frac}"
+    assert world.train(tag, LR_PEAK=None, FRAC=frac, STEPS=1) == 0
+    assert f"settled: LR_PEAK = {rate} (model)" in capsys.readouterr().out.splitlines()
+    saved = read_json(world.runs / tag / "settings.json")["settings"]["LR_PEAK"]
+    assert saved == {"value": rate, "source": "model"}
 
 
 def test_the_final_table_tells_the_summary(world: World, capsys: pytest.CaptureFixture[str]) -> None:
