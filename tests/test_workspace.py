@@ -53,9 +53,10 @@ def test_it_is_no_private_memory_and_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_tensors_hold_no_descriptors(tmp_path: Path) -> None:
+    gc.collect()  # what other tests have left may close its own meanwhile
     workspace, before = Workspace(tmp_path), len(os.listdir("/proc/self/fd"))
     kept = [workspace.empty((MIB,), torch.uint8) for _ in range(20)]
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     del kept
 
 
