@@ -221,11 +221,12 @@ class Lab:
 
     def leave_out_experts(self, scores: dict[str, Tensor]) -> None:
         """Scores of the experts that do not train become -1."""
-        blocks = sorted({n.rpartition(".")[0] for n in scores})
+        of_experts = {n: score for n, score in scores.items() if ".experts." in n}  # a head has no experts to leave out
+        blocks = sorted({n.rpartition(".")[0] for n in of_experts})
         with torch.no_grad(), Loads(self.model, blocks) as loads:
             for rows in self.sample_rows():
                 batch_loss(self.model, self.session.data.train.batch(rows))
-        for name, score in scores.items():
+        for name, score in of_experts.items():
             counts = loads.counts[name.rpartition(".")[0]]
             keep = max(1, math.ceil(self.recipe.routed_share * len(counts)))
             allowed = torch.zeros(len(counts), dtype=torch.bool)
