@@ -2,13 +2,16 @@
 
     python scripts/compare_methods.py --folder runs/compare                      # the demo: Python learns C++
     python scripts/compare_methods.py --folder runs/compare --part report
+    python scripts/compare_methods.py --folder runs/demo --part restore          # the runs of docs/results/demo
     python scripts/compare_methods.py --folder runs/compare --arms usaf,lora-experts --seeds 5
     python scripts/compare_methods.py --folder runs/gsm8k --model data/smollm2/moe --dataset data/gsm8k/train.jsonl
 
 Every arm's learning rate is swept on the validation split: three rates of the grid 1, 2, 5 a decade around a guess, and
 further ones for as long as the best is the first or the last of them. Then the best rate is run with further seeds. One
 JSON file a finished run; a command that was interrupted goes on where it stopped, and parts (`--arms`, `--part`) add up
-in one folder. `comparison.arms` has the arms, `comparison.bed` what they share, `comparison.report` the tables.
+in one folder. A report's runs.csv has all that the files have, so `--part restore` makes them again somewhere else, and
+what is run there adds to them. `comparison.arms` has the arms, `comparison.bed` what they share, `comparison.report`
+the tables.
 
 Left out: GPUs; rates, epochs or batch sizes of more than one kind; dropout; weight decay.
 """
@@ -34,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from comparison.bed import Bed, read_result
+from comparison.run_files import file_name
 
 from usaf.console import Parser, run_command, say
 from usaf.errors import RunError, UserError
@@ -59,8 +63,7 @@ class Run:
     seed: int
 
     def path(self, folder: Path) -> Path:
-        rate = "none" if self.rate is None else f"{self.rate:g}"
-        return folder / self.arm / f"rate-{rate}_seed-{self.seed}.json"
+        return folder / self.arm / file_name(self.rate, self.seed)
 
 
 # ---- what is to be run ----------------------------------------------------------------------------------------------
@@ -234,7 +237,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     parser = Parser("python scripts/compare_methods.py", "Many methods on one MoE, and what each is worth.")
     parser.add_argument("--folder", type=Path, required=True, help="where runs, splits and caches go")
-    parser.add_argument("--part", choices=("run", "report"), default="run", help="report: tables from what has run")
+    parser.add_argument(
+        "--part",
+        choices=("run", "report", "restore"),
+        default="run",
+        help="report: tables from what has run; restore: run files from a report's runs.csv",
+    )
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated (default: the main table's)")
     parser.add_argument("--model", type=Path, help="an MoE checkpoint's folder (default: the bundled demo)")
     parser.add_argument("--dataset", type=Path, help="JSONL to train on, and to split (default: the demo's)")
@@ -300,10 +308,15 @@ def compare_command(arguments: argparse.Namespace) -> int:
 
     from usaf.files import locked
 
+    output = arguments.output or Path("docs/results") / arguments.folder.name
+    if arguments.part == "restore":
+        from comparison.runs_csv import restore
+
+        say(f"{restore(output / 'runs.csv', arguments.folder)} runs restored: {arguments.folder}")
+        return 0
     if arguments.part == "report":
         from comparison.report import write_report
 
-        output = arguments.output or Path("docs/results") / arguments.folder.name
         write_report(arguments.folder, output, question())
         say(f"report: {output}")
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -26,7 +27,8 @@ from comparison.choice import (
     results,
 )
 from comparison.report import Ablation, Question, report_text, write_report
-from comparison.run_files import Run, load_runs, read_run
+from comparison.run_files import Run, file_name, load_runs, read_run
+from comparison.runs_csv import restore
 from comparison.verdicts import NOT_REACHED, REACHED, TARGETS, UNDECIDED, overall, verdicts
 
 from usaf.errors import UserError
@@ -57,7 +59,7 @@ def content(arm: str, rate: float | None, seed: int = 0, config: str = "demo-2%"
 
 
 def write(folder: Path, data: dict[str, Any]) -> Path:
-    path = folder / data["config"] / data["arm"] / f"rate-{data['rate']}_seed-{data['seed']}.json"
+    path = folder / data["config"] / data["arm"] / file_name(data["rate"], data["seed"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data), encoding="utf-8")
     return path
@@ -465,6 +467,54 @@ def test_csv_has_every_run(tmp_path: Path) -> None:
     fine = next(row for row in rows if row["arm"] == "full" and row["rate"] == "0.001")
     assert (float(fine["nll_test"]), float(fine["nll_heldout"])) == (2.8, 4.5)
     assert float(fine["option_frac"]) == 0.02
+
+
+def test_restored_runs_give_the_same_report(tmp_path: Path) -> None:
+    """What is committed of a comparison is enough to go on from: its table gives the run files again."""
+    fill(tmp_path / "runs")
+    options = {
+        **content("none", None)["options"],
+        "texts": "632000000012",
+        "dataset": "1e5",
+        "further": ["a", 1],
+        "no": None,
+    }
+    for arm in ("odd", "odd-2"):
+        write(
+            tmp_path / "runs", content(arm, 1e-3, options=options, note="", machine=MACHINE | {"system": "Linux 6.1"})
+        )
+    first = write_report(tmp_path / "runs", tmp_path / "one")
+    made = load_runs(tmp_path / "runs")
+    assert restore(tmp_path / "one" / "runs.csv", tmp_path / "again") == len(made)
+    second = write_report(tmp_path / "again", tmp_path / "two")
+    assert [path.name for path in first] == [path.name for path in second]
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name
+    again = {(run.config, run.arm, run.rate, run.seed): run for run in load_runs(tmp_path / "again")}
+    for run in made:
+        other = again[run.config, run.arm, run.rate, run.seed]
+        assert other.path.relative_to(tmp_path / "again") == run.path.relative_to(tmp_path / "runs")
+        lost = {"path": run.path, "losses": run.losses} | ({"nll": run.nll} if run.failed else {})
+        assert dataclasses.replace(other, **lost) == run
+    assert restore(tmp_path / "one" / "runs.csv", tmp_path / "again") == 0
+
+
+def test_restore_leaves_what_is_there(tmp_path: Path) -> None:
+    fill(tmp_path / "runs")
+    write_report(tmp_path / "runs", tmp_path / "out")
+    one = sorted((tmp_path / "runs").rglob("rate-*.json"))[0]
+    one.write_text("{}", encoding="utf-8")
+    assert restore(tmp_path / "out" / "runs.csv", tmp_path / "runs") == 0
+    assert one.read_text(encoding="utf-8") == "{}"
+
+
+@pytest.mark.parametrize("written", [None, "", "a,b\n1,2\n", "config,arm,seed,diverged\nc,a,zero,0\n"])
+def test_no_table_to_restore_from(tmp_path: Path, written: str | None) -> None:
+    if written is not None:
+        (tmp_path / "runs.csv").write_text(written, encoding="utf-8")
+    with pytest.raises(UserError, match=r"runs.csv: is no table of runs \(.*\); give the folder of a report"):
+        restore(tmp_path / "runs.csv", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_report_of_a_single_run(tmp_path: Path) -> None:

@@ -78,6 +78,11 @@ class ArmResult:
         return len(self.seeds) - len(self.finished)
 
     @property
+    def drawn(self) -> Run | None:
+        """Whose losses are drawn: of the chosen rate, the first seed that has a curve."""
+        return next((run for run in self.finished if len(run.losses) > 1), None)
+
+    @property
     def rate_mark(self) -> str:
         """Says "edge" where the best rate is the lowest or highest tried, those that diverged among them."""
         if self.rate is None:

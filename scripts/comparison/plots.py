@@ -155,8 +155,8 @@ def draw_forgetting(axes: Any, config: str, arms: Mapping[str, ArmResult], style
 
 def draw_losses(axes: Any, config: str, arms: Mapping[str, ArmResult], styles: Mapping[str, Style]) -> None:
     for arm, one in arms.items():
-        if one.best is not None and one.best.losses:
-            axes.plot(*loss_curve(one.best.losses), label=arm, **styles[arm])
+        if one.drawn is not None:
+            axes.plot(*loss_curve(one.drawn.losses), label=arm, **styles[arm])
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
 

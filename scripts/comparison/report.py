@@ -16,7 +16,8 @@ import benchmark
 
 from comparison.choice import ArmResult, Results, results
 from comparison.plots import require_matplotlib, write_plots
-from comparison.run_files import Run, load_runs, write_csv
+from comparison.run_files import Run, load_runs
+from comparison.runs_csv import write_csv
 from comparison.tables import ablation_table, cost_table, quality_table, sweep_table, targets_table
 from comparison.verdicts import Verdict, verdicts
 from usaf.files import replacing
@@ -90,7 +91,8 @@ def write_report(runs_folder: Path, output: Path, question: Question | None = No
     found = results(runs, question.arms)
     plots = write_plots(output, found, question.ours)
     chosen = {run.path for arms in found.values() for arm in arms.values() for run in arm.seeds}
-    write_csv(output / "runs.csv", in_order(runs, found), chosen)
+    drawn = {run.path for arms in found.values() for arm in arms.values() if (run := arm.drawn) is not None}
+    write_csv(output / "runs.csv", in_order(runs, found), chosen, drawn)
     with replacing(output / "README.md") as file:
         file.write(report_text(runs, found, question, plots).encode("utf-8"))
     return [output / name for name in ("README.md", "runs.csv", *plots)]

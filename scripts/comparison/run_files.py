@@ -1,4 +1,4 @@
-"""The run files of a comparison: one JSON file for each finished run, read and checked, and one CSV of them all.
+"""The run files of a comparison: one JSON file for each finished run, read and checked.
 
     <folder>/<config>/<arm>/rate-<rate>_seed-<n>.json
 
@@ -14,18 +14,15 @@ are never seen.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from usaf.errors import UserError, one_line
-from usaf.files import replacing
 
 PATTERN = "rate-*_seed-*.json"
 HELD_OUT = "heldout_"
@@ -118,6 +115,10 @@ def held_out(nll: Mapping[str, float]) -> float | None:
 
 def changed(before: Mapping[str, float], after: Mapping[str, float], name: str) -> float | None:
     return after[name] - before[name] if name in before and name in after else None
+
+
+def file_name(rate: float | None, seed: int) -> str:
+    return f"rate-{'none' if rate is None else f'{rate:g}'}_seed-{seed}.json"
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -264,43 +265,3 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "seed": whole, "rate": positive, "before": before_set, "start": nll_set, "reloaded": nll_set, "losses": numbers,
     "diverged": flag, "routing": figures, "tokens": figures,
 }  # fmt: skip
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def csv_row(run: Run, chosen: bool) -> dict[str, Any]:
-    """Whether its rate is the chosen one, every single figure, and those that the tables make of them."""
-    return {
-        "config": run.config, "arm": run.arm, "family": run.family, "rate": run.rate, "seed": run.seed,
-        "chosen_rate": int(chosen), "diverged": int(run.failed),
-        "trainable_parameters": run.trainable_parameters, "artifact_bytes": run.artifact_bytes,
-        "step_seconds": run.step_seconds, "jobs": run.jobs, "seconds": run.seconds,
-        "peak_private_bytes": run.peak_private_bytes,
-        **{f"nll_{name}": value for name, value in sorted(run.nll.items())},
-        "nll_heldout": run.held_out, "gain_test": run.gain, "forgetting": run.forgetting,
-        **{f"before_{name}": value for name, value in sorted(run.before.items())},
-        **{f"start_{name}": value for name, value in sorted(run.start.items())},
-        **{f"reloaded_{name}": value for name, value in sorted(run.reloaded.items())},
-        **{f"routing_{name}": value for name, value in sorted(run.routing.items())},
-        "experts_moved": run.experts_moved, "experts": run.experts, "last_loss": run.losses[-1] if run.losses else None,
-        **{f"option_{name}": value for name, value in sorted(run.options.items())},
-        "note": run.note, "origin": run.origin, "commit": run.commit, "command": run.command,
-    }  # fmt: skip
-
-
-def write_csv(path: Path, runs: Iterable[Run], chosen: Collection[Path]) -> None:
-    """One line a run, in the order given; what a run does not have, and what is not finite, is left empty."""
-    rows = [csv_row(run, run.path in chosen) for run in runs]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with io.StringIO(newline="") as written:
-        writer = csv.DictWriter(written, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: "" if is_nan(value) else value for name, value in row.items()})
-        with replacing(path) as file:
-            file.write(written.getvalue().encode("utf-8"))
-
-
-def is_nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
