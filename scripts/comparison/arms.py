@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.bed import Bed, Loads, dense_model, evaluate_dense, routing_figures, tokens_of
-from usaf.errors import RunError, UserError, one_line
+from usaf.errors import RunError, one_line
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -96,6 +96,17 @@ ABLATIONS: dict[str, Arm] = {
     "now-original": lab("on the unquantised base", base="original", **NOW),
     "now-attention": lab("and attention", **{**NOW, "sparse": ("down", "attention", "head")}),
     "now-up": lab("and gate and up projections", **{**NOW, "sparse": ("experts", "head")}),
+    "now-every-10": lab("reselected every 10 steps", reselect_every=10, **NOW),
+    "now-embedding": lab("and the embeddings", **{**NOW, "sparse": ("down", "head", "input")}),
+    "now-router-1e-3": lab("routers at 1e-3", router_rate=1e-3, **NOW),
+    "now-router-5e-3": lab("routers at 5e-3", router_rate=5e-3, **NOW),
+    "now-low-rank-10": lab("LoRA of rank 1 on the experts beside fewer weights, reselected every 10 steps", low_rank=1,
+                           reselect_every=10, **NOW),
+    "now-attention-10": lab("and attention, reselected every 10 steps", reselect_every=10,
+                            **{**NOW, "sparse": ("down", "attention", "head")}),
+    "now-attention-low-rank-10": lab("and attention, LoRA of rank 1 on the experts, reselected every 10 steps",
+                                     low_rank=1, reselect_every=10,
+                                     **{**NOW, "sparse": ("down", "attention", "head")}),
     "usaf-experts-all": usaf("gate and up projections train too", PROJECTIONS="all", **EXPERTS_ALONE),
     "usaf-experts-static": usaf("never reselected", RESELECT_EVERY=0, **EXPERTS_ALONE),
     "usaf-experts-frozen-router": usaf("routers frozen", ROUTER_LR=0, **EXPERTS_ALONE),
@@ -357,6 +368,7 @@ def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any
     """(PEFT's configuration for an arm, its ranks in words).
 
     All layers get the same rank, as far as the budget goes, and the upper ones one more, until less than that is left.
+    Where not even rank 1 on the last layer fits, it is that all the same, for an adapter cannot be smaller.
     """
     from peft import LoraConfig
 
@@ -372,9 +384,7 @@ def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any
             break
         left -= per_rank
         more.append([*modules, *parameters])
-    used = targets if rank else targets[len(targets) - len(more) :]
-    if not used:
-        raise UserError(f"--frac {bed.frac:g}: an adapter of rank 1 on one layer has more weights than that; give more")
+    used = targets if rank else targets[-max(1, len(more)) :]
     pattern = {name: rank + 1 for names in more for name in names} if rank else {}
     shared: dict[str, Any] = {
         "r": max(1, rank), "lora_alpha": 2 * max(1, rank), "lora_dropout": 0.0, "task_type": "CAUSAL_LM",
@@ -385,6 +395,7 @@ def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any
     if parameters:
         shared["target_parameters"] = parameters
     words = f"rank {max(1, rank)} on {len(used)} layers" + (f", one more on {len(more)}" if pattern else "")
+    words += "" if rank or more else ", above the budget"
     return LoraConfig(**shared), words
 
 

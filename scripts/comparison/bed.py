@@ -70,7 +70,8 @@ class Bed:
             return
         from usaf.files import replacing
 
-        lines = [line for line in self.dataset.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # not splitlines(), which would cut a sample at U+2028 and its like inside
+        lines = [line for line in self.dataset.read_text(encoding="utf-8").split("\n") if line.strip()]
         random.Random(SPLIT_SEED).shuffle(lines)
         held = max(LEAST_HELD_BACK, round(HELD_BACK * len(lines)))
         if len(lines) < 4 * held:

@@ -82,6 +82,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "norms": ("norm.weight",),
     "embedding": ("embed_tokens.weight", "lm_head.weight"),
     "head": ("lm_head.weight",),
+    "input": ("embed_tokens.weight",),
 }
 
 
