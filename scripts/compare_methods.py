@@ -296,10 +296,16 @@ def question() -> Question:
     from comparison.report import Ablation, Question
 
     rivals = [name for name, arm in ARMS.items() if arm.family == "peft" and "budget" not in arm.options]
-    baselines = ("now", "usaf", "usaf-experts", "lab")  # an arm belongs to the longest that begins its name
+    baselines = (
+        "now",
+        "usaf",
+        "usaf-head-1",
+        "usaf-experts",
+        "lab",
+    )  # an arm belongs to the longest that begins its name
     of = {a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY}
     ablations = [Ablation(f"one thing changed of {b}", b, [a for a in EVERY if of[a] == b]) for b in baselines]
-    return Question("Methods compared", "usaf", "full", rivals, list(EVERY), ablations)
+    return Question("Methods compared", "usaf-default", "full", rivals, list(EVERY), ablations)
 
 
 def compare_command(arguments: argparse.Namespace) -> int:

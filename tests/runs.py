@@ -105,7 +105,7 @@ def same_delta(a: Path, b: Path) -> bool:
 def curve(folder: Path) -> list[tuple[Any, ...]]:
     """What must not depend on interruptions: every step, evaluation and reselection, without times."""
     keys = {
-        "step": ("step", "loss", "learning_rate", "router_learning_rate", "grad_norm", "tokens"),
+        "step": ("step", "loss", "learning_rate", "head_learning_rate", "router_learning_rate", "grad_norm", "tokens"),
         "eval": ("step", "name", "loss", "perplexity", "tokens", "routing_entropy", "starved_experts"),
         "reselect": ("step", "active", "dropped", "grown", "turnover"),
         "importance": ("sequences", "active", "half_overlap"),

@@ -19,6 +19,8 @@ from comparison import arms as arms_module
 from comparison.arms import ABLATIONS, ARMS, EVERY, Arm, adapter_targets, budget_of, run_arm
 from comparison.bed import Bed, dense_model, evaluate_dense
 
+from usaf.session import HEAD_RATE
+
 SETTINGS = {
     "ROUTER_LR": "1e-3", "IMPORTANCE_SAMPLES": "8", "RESELECT_EVERY": "4", "CAPTURE_STEPS": "2",
     "RESELECT_UNTIL": "0.7", "USE_RESIDENT": "0", "CACHE_DTYPE": "fp32", "GROUP_SIZE": "32",
@@ -77,7 +79,7 @@ def test_the_product_and_masked_dense_weights_train_alike(
     same: dict[str, Any] = {"reselect_every": 0} if name == "usaf-static" else {}
     same["whole"] = (*(("router",) if name != "usaf-frozen-router" else ()), *(("norms",) if also else ()))
     same["sparse"] = ("experts" if projections == "all" else "down", *(("head",) if also else ()))
-    same["untie"] = bool(also)
+    same |= {"untie": bool(also), "head_rate": HEAD_RATE}
     monkeypatch.setitem(EVERY, "judge", Arm("lab", 5e-3, "", same))
     product = run_arm(bed, name, 5e-3, 0, further)
     judge = run_arm(bed, "judge", 5e-3, 0, further)

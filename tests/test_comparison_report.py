@@ -332,8 +332,9 @@ def test_gain_beyond_the_peers_sweep(make: Any) -> None:
     # Ours gains 0.9; on the line from (0, 0) it forgets 7/9 of its forgetting at the peer's 0.7.
     assert three(make, {"test": [2.7], "forgetting": [0.25]}, lora)["forgetting"] == REACHED
     assert three(make, {"test": [2.7], "forgetting": [0.26]}, lora)["forgetting"] == NOT_REACHED
-    unknown = {"test": [2.7], "forgetting": [0.1], "start": [None]}  # no line, so nothing at 0.7
-    assert three(make, unknown, lora)["forgetting"] == UNDECIDED
+    one_rate = {"test": [2.7], "start": [None]}  # no line, so nothing at 0.7
+    assert three(make, {**one_rate, "forgetting": [0.21]}, lora)["forgetting"] == UNDECIDED
+    assert three(make, {**one_rate, "forgetting": [0.2]}, lora)["forgetting"] == REACHED  # more gain, no more forgetting
     assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts
 
 

@@ -50,8 +50,8 @@ FOUR_EXPERTS: dict[str, dict[str, Any]] = {
 NATIVE = {"int4": ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 64}),
           "mxfp4": ("gpt_oss", {"intermediate_size": 64})}  # fmt: skip
 SETTINGS = Settings(
-    steps=STEPS, microbatch=2, accum=1, lr_peak=1e-2, router_lr=1e-3, weight_decay=0.1, grad_clip=0.1, warmup=0.0,
-    reselect_every=2, capture_steps=2, drop_fraction=0.4, reselect_until=0.5, head_chunk_tokens=24,
+    steps=STEPS, microbatch=2, accum=1, lr_peak=1e-2, head_lr=5e-3, router_lr=1e-3, weight_decay=0.1, grad_clip=0.1,
+    warmup=0.0, reselect_every=2, capture_steps=2, drop_fraction=0.4, reselect_until=0.5, head_chunk_tokens=24,
 )  # fmt: skip
 needs_fake_device = pytest.mark.skipif(not AVAILABLE, reason="needs a torch that can have a device written in Python")
 

@@ -70,6 +70,7 @@ PROMISED_DEFAULT_TEXTS = {
     "RESUME": "unset",
 }
 OURS = {
+    "HEAD_LR": None,
     "ROUTER_LR": 5e-5,
     "GRAD_CLIP": 1.0,
     "WEIGHT_DECAY": 0.0,
@@ -184,6 +185,7 @@ OTHER_VALUES = {
     "OUTPUT_DIR": ("/out", "/out"),
     "RESUME": ("auto", "auto"),
     "SEED": ("9223372036854775807", 2**63 - 1),
+    "HEAD_LR": ("1e-3", 1e-3),
     "ROUTER_LR": ("0", 0.0),
     "GRAD_CLIP": ("0.5", 0.5),
     "WEIGHT_DECAY": ("0.01", 0.01),
@@ -271,7 +273,7 @@ OUT_OF_RANGE = [
     *itertools.product(["STEPS", "MICROBATCH", "ACCUM", "SAVE_EVERY", "KEEP_CHECKPOINTS"], ["0", "-1", "10.5", "1e3"]),
     *itertools.product(["CAPTURE_STEPS", "PREFIX_CHUNK_TOKENS", "HEAD_CHUNK_TOKENS"], ["0", "ten"]),
     *itertools.product(["FRAC"], ["0", "-0.1", "1.0001", "nan", "inf", "-inf", "0,005", "5%", "0x1"]),
-    *itertools.product(["LR_PEAK", "GRAD_CLIP"], ["0", "-1e-3", "nan", "inf", "1e999", "1e-999", "one"]),
+    *itertools.product(["LR_PEAK", "HEAD_LR", "GRAD_CLIP"], ["0", "-1e-3", "nan", "inf", "1e999", "1e-999", "one"]),
     *itertools.product(["ROUTER_LR", "WEIGHT_DECAY"], ["-1e-9", "nan", "inf"]),
     *itertools.product(["LR_FLOOR", "DROP_FRACTION", "RESELECT_UNTIL"], ["-0.1", "1.1", "nan"]),
     *itertools.product(["WARMUP"], ["-0.1", "0.51", "nan"]),
@@ -626,6 +628,13 @@ def test_json_of_an_older_version_lacks_newer_settings():
 def test_json_that_we_did_not_write_is_refused(name, entry):
     with pytest.raises(UserError, match=name):
         ResolvedSettings.from_json(load_settings([], {}, {}).to_json() | {name: entry})
+
+
+def test_a_run_from_before_the_head_had_a_rate_of_its_own():
+    saved = load_settings(["--lr-peak=2e-3"], {}, {}).to_json()
+    assert ResolvedSettings.from_json(saved).values.head_lr is None
+    del saved["HEAD_LR"]
+    assert ResolvedSettings.from_json(saved).values.head_lr == 2e-3
 
 
 def test_changed_settings_names_what_shapes_the_result():

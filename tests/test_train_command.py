@@ -27,8 +27,8 @@ SUMMARY_KEYS = {
     "peak_device_memory_bytes", "delta_bytes", "delta_path", "experts_moved",
 }  # fmt: skip
 STEP_KEYS = {
-    "step", "loss", "learning_rate", "router_learning_rate", "grad_norm", "tokens", "tokens_per_second",
-    "peak_memory_bytes",
+    "step", "loss", "learning_rate", "head_learning_rate", "router_learning_rate", "grad_norm", "tokens",
+    "tokens_per_second", "peak_memory_bytes",
 }  # fmt: skip
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 4, 8, 64, 48
 
@@ -169,6 +169,16 @@ def test_the_default_rate_goes_with_width_and_density(
     assert f"settled: LR_PEAK = {rate} (model)" in capsys.readouterr().out.splitlines()
     saved = read_json(world.runs / tag / "settings.json")["settings"]["LR_PEAK"]
     assert saved == {"value": rate, "source": "model"}
+
+
+def test_the_head_has_half_of_the_rate_unless_said(world: World) -> None:
+    """And the log says at what rates a step was made."""
+    for tag, head_lr, rate in (("head-half", None, 2.5e-3), ("head-own", "1e-4", 1e-4)):
+        assert world.train(tag, HEAD_LR=head_lr, STEPS=1) == 0
+        settings = read_json(world.runs / tag / "settings.json")["settings"]
+        assert settings["HEAD_LR"] == {"value": rate, "source": "environment" if head_lr else "model"}
+        step = next(event for event in events(world.runs / tag) if event["event"] == "step")
+        assert (step["learning_rate"], step["head_learning_rate"]) == (settings["LR_PEAK"]["value"], rate)
 
 
 def test_the_final_table_tells_the_summary(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,9 @@ def random_active(bank_numel: int, count: int, seed: int) -> Tensor:
 
 
 def make_trainer(model: SparseModel, steps: int = 12, share: float = 0.05, **settings: Any) -> Trainer:
-    values = Settings(**{"microbatch": 2, "reselect_every": 0, "lr_peak": 5e-3, "router_lr": 1e-3, **settings})
+    values = Settings(
+        **{"microbatch": 2, "reselect_every": 0, "lr_peak": 5e-3, "head_lr": 2e-3, "router_lr": 1e-3, **settings}
+    )
     order = DataOrder(len(ROWS), 4, values.microbatch, seed=0)
     states = BoundaryStates(model, ROWS, order.chunks, START, torch.float32, {}, None)
     trainer = Trainer(model, states, ROWS, order, values, steps)
@@ -189,8 +191,10 @@ def test_steps_equal_the_dense_reference(parts: Path, opened: SparseModel, setti
     active = {name: bank.active.clone() for name, bank in trainer.banks.items()}
     deltas = {name: nn.Parameter(torch.zeros(len(indices))) for name, indices in active.items()}
     values = trainer.settings
+    of_head = [delta for name, delta in deltas.items() if name == opened.head_name]
     optimizer = torch.optim.AdamW(
-        [{"params": list(deltas.values()), "weight_decay": values.weight_decay},
+        [{"params": [d for n, d in deltas.items() if n != opened.head_name], "weight_decay": values.weight_decay},
+         {"params": of_head or [nn.Parameter(torch.zeros(1))], "weight_decay": values.weight_decay},
          {"params": list(reference.norms.values()) or [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0},
          {"params": list(reference.routers.values()) or [nn.Parameter(torch.zeros(1))], "weight_decay": 0.0}],
         betas=BETAS, eps=1e-8,
@@ -201,17 +205,19 @@ def test_steps_equal_the_dense_reference(parts: Path, opened: SparseModel, setti
         for name, delta in deltas.items():
             delta.grad = reference.gradient(name)[active[name]]
         norm = nn.utils.clip_grad_norm_([*deltas.values(), *reference.whole.values()], values.grad_clip)
-        for group, peak in zip(optimizer.param_groups, (values.lr_peak, values.lr_peak, values.router_lr), strict=True):
+        peaks = (values.lr_peak, values.head_lr, values.lr_peak, values.router_lr)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = learning_rate_at(step, trainer.steps, peak, values.warmup, values.lr_floor)
         optimizer.step()
         result = trainer.train_step()
         assert result.loss == pytest.approx(expected_loss, rel=1e-5)
         assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
     for name, bank in trainer.banks.items():
+        peak = values.head_lr if name == opened.head_name else values.lr_peak
         off = (bank.delta.detach() - deltas[name].detach()).abs()
         # Adam divides by sqrt(v): where a gradient is nothing but rounding its sign is anybody's
-        assert float((off > 1e-2 * values.lr_peak).float().mean()) < 0.002, (name, float(off.max()))
-        assert float(bank.delta.detach().abs().max()) > values.lr_peak
+        assert float((off > 1e-2 * peak).float().mean()) < 0.002, (name, float(off.max()))
+        assert float(bank.delta.detach().abs().max()) > peak
     for name, weight in trainer.whole().items():
         off = (weight.detach() - reference.whole[name].detach()).abs()
         assert float((off > 1e-4).float().mean()) < (0.005 if name in trainer.routers else 0.05), (name, off.max())

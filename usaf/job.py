@@ -57,7 +57,8 @@ class Job:
             self.run.log("warning", step=result.step, message="loss or gradient not finite, step skipped")
         self.run.log(
             "step", step=result.step, loss=result.loss, learning_rate=result.learning_rate,
-            router_learning_rate=result.router_learning_rate, grad_norm=result.grad_norm, tokens=result.tokens,
+            head_learning_rate=result.head_learning_rate, router_learning_rate=result.router_learning_rate,
+            grad_norm=result.grad_norm, tokens=result.tokens,
             tokens_per_second=result.tokens / result.seconds, peak_memory_bytes=self.memory.private,
         )  # fmt: skip
 

@@ -53,6 +53,8 @@ PhaseDone = Callable[[str, float], None]
 RATE_TIMES_WIDTH = 2.0
 """LR_PEAK's default times the hidden size, up to a density of `RATE_DENSITY`; above, it falls with the square root."""
 RATE_DENSITY = 0.02
+HEAD_RATE = 0.5
+"""HEAD_LR's default, of LR_PEAK: as good in domain as the whole, and better on all other text."""
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
@@ -193,7 +195,7 @@ def prepare_model(settings: ResolvedSettings, decisions: dict[str, Any] | None =
     torch.set_num_threads(chosen["threads"])
     attention = chosen["attention"]
     checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
-    settings = resolve_learning_rate(resolve_train_from(settings, checkpoint), checkpoint)
+    settings = resolve_learning_rates(resolve_train_from(settings, checkpoint), checkpoint)
     return ModelSession(
         settings=settings, backend=backend, checkpoint=checkpoint, decisions=chosen,
         store=open_quantised(checkpoint, values),
@@ -252,14 +254,18 @@ def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> Re
     return settle_train_from(settings, checkpoint.num_layers(), checkpoint.handover.splits, checkpoint.moe_layers())
 
 
-def resolve_learning_rate(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
-    """LR_PEAK, where it is not set: the wider a layer and the denser what trains, the more weights move together in
-    each of its sums, and the less each may (docs/decisions.md has the sweeps)."""
-    if settings.values.lr_peak is not None:
-        return settings
-    hidden = next(iter(shapes_of(checkpoint).values()))[2]
-    rate = RATE_TIMES_WIDTH / hidden * min(1.0, math.sqrt(RATE_DENSITY / settings.values.frac))
-    return settings.replace("model", lr_peak=float(f"{rate:.2g}"))
+def resolve_learning_rates(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
+    """LR_PEAK and HEAD_LR, where they are not set. The wider a layer and the denser what trains, the more weights move
+    together in each of its sums, and the less each may (docs/decisions.md has the sweeps)."""
+    peak = settings.values.lr_peak
+    if peak is None:
+        hidden = next(iter(shapes_of(checkpoint).values()))[2]
+        rate = RATE_TIMES_WIDTH / hidden * min(1.0, math.sqrt(RATE_DENSITY / settings.values.frac))
+        peak = float(f"{rate:.2g}")
+        settings = settings.replace("model", lr_peak=peak)
+    if settings.values.head_lr is None:
+        settings = settings.replace("model", head_lr=HEAD_RATE * peak)
+    return settings
 
 
 def settle_train_from(

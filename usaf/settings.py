@@ -251,6 +251,12 @@ class Settings:
     )
     seed: int = _setting(0, _whole("from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63), "decides everything random")
 
+    head_lr: float | None = _setting(
+        None,
+        _real("above 0 and at most 1", lambda value: 0 < value <= 1),
+        "peak learning rate of the output layer's deltas, where TRAIN_HEAD trains it",
+        unset="half of LR_PEAK",
+    )
     router_lr: float = _setting(
         5e-5,
         _real("from 0 to 1", lambda value: 0 <= value <= 1),
@@ -419,6 +425,8 @@ class ResolvedSettings:
                     "restore the file that the run wrote"
                 )
             values[field.name], sources[field.name] = entry["value"], entry["source"]
+        if "HEAD_LR" not in data:  # the head had the deltas' rate
+            values["head_lr"] = values.get("lr_peak")
         return cls(values=Settings(**values), sources=sources)
 
 

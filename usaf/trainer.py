@@ -51,6 +51,7 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
+    head_learning_rate: float  # 0 where the head is frozen, as the routers'
     router_learning_rate: float
     tokens: int
     seconds: float
@@ -149,17 +150,15 @@ class Trainer:
         norm = float(gradient_norm(gradients.values()))
         loss *= scale
         skipped = not (math.isfinite(loss) and math.isfinite(norm) and self._captured_are_finite())
-        assert self.settings.lr_peak is not None, "settled when the model was opened"
-        rate = self._learning_rate(self.settings.lr_peak)
-        router_rate = self._learning_rate(self.settings.router_lr) if self.routers else 0.0
+        rates = self._learning_rates()
         if skipped:
             self._skip()
         else:
-            self._update(gradients, norm, rate, router_rate)
+            self._update(gradients, norm, *rates)
         self.step += 1
         self._remember_loss(loss, skipped)
         tokens = sum(sum(batch.lengths) for batch in batches)
-        return StepResult(self.step, loss, norm, rate, router_rate, tokens, time.perf_counter() - began, skipped)
+        return StepResult(self.step, loss, norm, *rates, tokens, time.perf_counter() - began, skipped)
 
     def _micro_step(self, batch: Batch, rows: list[int], scale: float, capturing: bool) -> float:
         """Forward and backward of one micro-batch; returns its summed loss."""
@@ -176,7 +175,9 @@ class Trainer:
     def _kept(self, factors: Factors) -> Factors:
         return factors if self.workspace is None else factors.kept(self.workspace)
 
-    def _update(self, gradients: dict[str, Tensor], norm: float, rate: float, router_rate: float) -> None:
+    def _update(
+        self, gradients: dict[str, Tensor], norm: float, rate: float, head_rate: float, router_rate: float
+    ) -> None:  # fmt: skip
         """Clip all gradients together, then Adam."""
         clip = min(1.0, self.settings.grad_clip / (norm + 1e-6))
         for name, parameter in self.parameters().items():
@@ -185,7 +186,8 @@ class Trainer:
                 self.adam[name].step(parameter, gradient, router_rate)
             else:
                 decay = self.settings.weight_decay if name in self.banks else 0.0
-                self.adam[name].step(parameter, gradient, rate, decay)
+                own = head_rate if name == self.model.head_name else rate
+                self.adam[name].step(parameter, gradient, own, decay)
         for entry in self._captured_now():
             entry.scale = clip
         self.skipped_in_a_row = 0
@@ -211,8 +213,17 @@ class Trainer:
                 "resumed one keeps both"
             )
 
-    def _learning_rate(self, peak: float) -> float:
-        return learning_rate_at(self.step, self.steps, peak, self.settings.warmup, self.settings.lr_floor)
+    def _learning_rates(self) -> tuple[float, float, float]:
+        """Of this step: of the experts' deltas and the norms, of the head's deltas, of the routers."""
+        values = self.settings
+        assert values.lr_peak is not None, "settled when the model was opened"
+        assert values.head_lr is not None, "settled when the model was opened"
+        peaks = (
+            values.lr_peak, 0.0 if self.model.head is None else values.head_lr,
+            values.router_lr if self.routers else 0.0,
+        )  # fmt: skip
+        rate, head, router = (learning_rate_at(self.step, self.steps, p, values.warmup, values.lr_floor) for p in peaks)
+        return rate, head, router
 
     def _remember_loss(self, loss: float, skipped: bool) -> None:
         """The losses of the first and the last tenth of the steps, whose means the summary shows."""

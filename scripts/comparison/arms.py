@@ -69,11 +69,12 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 """Those of the main table; `ABLATIONS` has the others."""
 
+FULL_HEAD = {"HEAD_LR": "LR_PEAK"}
 NOW: dict[str, Any] = {"sparse": ("down", "head"), "untie": True, "whole": ("router", "norms")}
 EXPERTS_ALONE = {"TRAIN_HEAD": 0, "TRAIN_NORMS": 0}
 
 ABLATIONS: dict[str, Arm] = {
-    "now": lab("the product's defaults on dense weights, the baseline of the others", **NOW),
+    "now": lab("the product's defaults but HEAD_LR=LR_PEAK, on dense weights, the baseline of the others", **NOW),
     "now-samples-2": lab("importance from 2 sequences", samples=2, **NOW),
     "now-samples-16": lab("importance from 16 sequences", samples=16, **NOW),
     "now-samples-256": lab("importance from 256 sequences", samples=256, **NOW),
@@ -100,6 +101,13 @@ ABLATIONS: dict[str, Arm] = {
     "now-embedding": lab("and the embeddings", **{**NOW, "sparse": ("down", "head", "input")}),
     "now-router-1e-3": lab("routers at 1e-3", router_rate=1e-3, **NOW),
     "now-router-5e-3": lab("routers at 5e-3", router_rate=5e-3, **NOW),
+    "now-head-half": lab("the head at half the rate", head_rate=0.5, **NOW),
+    "now-head-quarter": lab("the head at a quarter of the rate", head_rate=0.25, **NOW),
+    "now-head-eighth": lab("the head at an eighth of the rate", head_rate=0.125, **NOW),
+    "now-norms-half": lab("the norms at half the rate", norm_rate=0.5, **NOW),
+    "now-head-half-norms-half": lab("head and norms at half the rate", head_rate=0.5, norm_rate=0.5, **NOW),
+    "now-head-double": lab("the head at twice the rate", head_rate=2.0, **NOW),
+    "now-beta2-0.95": lab("Adam's second moment over 20 steps", beta2=0.95, **NOW),
     "now-low-rank-10": lab("LoRA of rank 1 on the experts beside fewer weights, reselected every 10 steps", low_rank=1,
                            reselect_every=10, **NOW),
     "now-attention-10": lab("and attention, reselected every 10 steps", reselect_every=10,
@@ -190,6 +198,13 @@ ABLATIONS: dict[str, Arm] = {
     "lab-down-output": lab("down and output projections", sparse=("down", "output")),
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
+    "usaf-head-1": usaf("the head at the full rate", **FULL_HEAD),
+    "usaf-head-1-static": usaf("never reselected", RESELECT_EVERY=0, **FULL_HEAD),
+    "usaf-head-1-frozen-router": usaf("routers frozen", ROUTER_LR=0, **FULL_HEAD),
+    "usaf-head-1-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10, **FULL_HEAD),
+    "usaf-head-1-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5, **FULL_HEAD),
+    "usaf-head-1-floor-0": usaf("cosine to 0", LR_FLOOR=0, **FULL_HEAD),
+    "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
     "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
                             RESELECT_EVERY=10),
@@ -208,7 +223,7 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-clip-100": usaf("gradients not clipped", GRAD_CLIP=100),
     "usaf-decay": usaf("weight decay of 0.1", WEIGHT_DECAY=0.1),
 }  # fmt: skip
-"""Each differs from `lab`, or from `usaf`, in one thing."""
+"""Each differs in one thing from the arm whose name begins its own."""
 
 EVERY = {**ARMS, **ABLATIONS}
 
@@ -481,6 +496,8 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     from usaf.session import apply_delta, load
 
     settings = {**further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
+    if settings.get("HEAD_LR") == "LR_PEAK":
+        settings["HEAD_LR"] = settings["LR_PEAK"]
     with tempfile.TemporaryDirectory() as folder:
         settings["PREFIX_CACHE_DIR"] = folder  # runs beside this one have their own
         session, before = seeded_session(bed, seed, settings), held()

@@ -60,6 +60,9 @@ class Recipe:
     gumbel: float = 0.0  # routing noise while training
     balance: float = 0.0  # weight of the load-balancing loss
     untie: bool = False  # the head becomes a tensor of its own where it shares the embeddings'
+    head_rate: float = 1.0  # the head's rate, of the others'
+    norm_rate: float = 1.0  # that of the norms
+    beta2: float = 0.999  # Adam's
     low_rank: int = 0  # rank of an adapter on the experts, whose weights come out of the budget
 
     def filled(self, values: Settings) -> Recipe:
@@ -126,6 +129,11 @@ class Lab:
             for name, parameter in whole.items()
         ]
         self.units += [Unit(n, p) for n, p in self.adapters().items()]
+        for unit in self.units:
+            unit.adam = Adam(unit.delta, (0.9, recipe.beta2))
+            for of, part in (("head", recipe.head_rate), ("norms", recipe.norm_rate)):
+                if unit.name.endswith(GROUPS[of]):
+                    unit.rate = self.rate * part
         if recipe.router_optimizer == "sgd16":
             for unit in self.units:
                 if unit.name.endswith("gate.weight"):
@@ -342,7 +350,7 @@ class Lab:
         seen = len(unit.window) if recipe.moments == "seeded" else 0
         unit.adam.regrow(from_old, mean[new], square[new], seen)
         if recipe.moments == "reset":
-            unit.adam = Adam(unit.delta)
+            unit.adam = Adam(unit.delta, (0.9, recipe.beta2))
 
 
 def best(scores: Tensor, k: int) -> Tensor:

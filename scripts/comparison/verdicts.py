@@ -4,7 +4,8 @@
     held-out    NLL below each peer's at the peer's own best rate, by more than the spread of seeds: the mean difference
                 exceeds its standard deviation, which the module `choice` defines. Undecided without two seeds
     forgetting  not more than each peer's at equal in-domain gain: ours at the chosen rate, the peer's read off its
-                sweep; where we gain more than it does at any rate, at the most that it does, ours read off our sweep
+                sweep; where we gain more than it does at any rate, not more than it has at its most gain, or else
+                ours too at that gain, read off our sweep
     reload      the saved artifact gives the NLL of the trained model, to the last digit
 
 The first two are against another arm's best rate. Where that is at the edge of its sweep, a better one may exist, and
@@ -144,6 +145,9 @@ def at_peers_top(our: ArmResult, peer: ArmResult, gain: float, forgetting: float
     """Where we gain more than the peer ever does, the two are compared at the most that it does, on our own sweep."""
     own = forgetting_at_gain(our.sweep, gain)
     text = f"At its most, {gain:.4f}, it has {forgetting:+.4f}"
+    ours = our.spread(lambda run: run.forgetting)
+    if ours is not None and ours.mean <= forgetting:
+        return REACHED, f"{text}, which is more."
     if own is None or own.forgetting is None:
         return UNDECIDED, f"{text}, and our own sweep does not pass there."
     status = REACHED if own.forgetting <= forgetting else NOT_REACHED
