@@ -199,6 +199,8 @@ ABLATIONS: dict[str, Arm] = {
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-head-1": usaf("the head at the full rate", **FULL_HEAD),
+    "usaf-head-1-default": usaf("at the default rates", guess=0.0, ROUTER_LR="5e-5", LR_PEAK="0.0104",
+                                HEAD_LR="0.0104"),
     "usaf-head-1-static": usaf("never reselected", RESELECT_EVERY=0, **FULL_HEAD),
     "usaf-head-1-frozen-router": usaf("routers frozen", ROUTER_LR=0, **FULL_HEAD),
     "usaf-head-1-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10, **FULL_HEAD),
