@@ -52,6 +52,8 @@ ARMS: dict[str, Arm] = {
     "lora-experts": peft("LoRA on the experts", 5e-3, targets=("experts",)),
     "lora-experts-attention": peft("LoRA on experts and attention", 5e-3, targets=("experts", "attention")),
     "lora-all": peft("LoRA on experts, attention and the head", 5e-3, targets=("experts", "attention", "head")),
+    "lora-all-head-half": peft("the same, the head at half the rate", 5e-3, targets=("experts", "attention", "head"),
+                               head_rate=0.5),
     "lora-attention": peft("LoRA on attention alone", 5e-3, targets=("attention",)),
     "lora-bytes": peft("LoRA on the experts, rank by USAF's bytes on disk", 5e-3, targets=("experts",), budget="bytes"),
     "qlora": peft("LoRA on experts and attention, on the 4-bit base, saved in bf16", 5e-3,
@@ -448,7 +450,9 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     base, in_16_bits = arm.options.get("base", "original"), arm.options.get("bf16", False)
     config, ranks = adapter_config(bed, session, arm.options)
     model: Any = get_peft_model(dense_model(bed, session, base), config)
-    units = [Unit(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    head_rate = arm.options.get("head_rate", 1.0) * rate
+    units = [Unit(n, p, rate=head_rate if "lm_head" in n else None) for n, p in model.named_parameters()
+             if p.requires_grad]  # fmt: skip
 
     def work() -> Any:
         trained = train(model, session, units, rate)
