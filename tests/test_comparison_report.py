@@ -334,7 +334,9 @@ def test_gain_beyond_the_peers_sweep(make: Any) -> None:
     assert three(make, {"test": [2.7], "forgetting": [0.26]}, lora)["forgetting"] == NOT_REACHED
     one_rate = {"test": [2.7], "start": [None]}  # no line, so nothing at 0.7
     assert three(make, {**one_rate, "forgetting": [0.21]}, lora)["forgetting"] == UNDECIDED
-    assert three(make, {**one_rate, "forgetting": [0.2]}, lora)["forgetting"] == REACHED  # more gain, no more forgetting
+    assert (
+        three(make, {**one_rate, "forgetting": [0.2]}, lora)["forgetting"] == REACHED
+    )  # more gain, no more forgetting
     assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts
 
 

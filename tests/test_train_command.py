@@ -17,7 +17,10 @@ from runs import REPOSITORY, TINY, World, curve, delta_tensors, events, lasting,
 from safetensors import safe_open
 
 from usaf import evaluate as evaluate_module
+from usaf.checkpoint import Checkpoint
 from usaf.devices import choose_backend, cuda
+from usaf.session import resolve_learning_rates
+from usaf.settings import load_settings
 from usaf.train import main
 
 SUMMARY_KEYS = {
@@ -169,6 +172,14 @@ def test_the_default_rate_goes_with_width_and_density(
     assert f"settled: LR_PEAK = {rate} (model)" in capsys.readouterr().out.splitlines()
     saved = read_json(world.runs / tag / "settings.json")["settings"]["LR_PEAK"]
     assert saved == {"value": rate, "source": "model"}
+
+
+@pytest.mark.parametrize(("vocabulary", "rate"), [(96, 5e-3), (4096, 5e-3), (16384, 2.5e-3), (151_936, 8.21e-4)])
+def test_the_rate_of_a_head_falls_with_its_vocabulary(world: World, vocabulary: int, rate: float) -> None:
+    checkpoint = Checkpoint(world.model)
+    checkpoint.config.get_text_config().vocab_size = vocabulary
+    settings = resolve_learning_rates(load_settings(["--lr-peak=1e-2"], {}, {}), checkpoint)
+    assert (settings.values.head_lr, settings.sources["head_lr"]) == (rate, "model")
 
 
 def test_the_head_has_half_of_the_rate_unless_said(world: World) -> None:

@@ -54,7 +54,8 @@ RATE_TIMES_WIDTH = 2.0
 """LR_PEAK's default times the hidden size, up to a density of `RATE_DENSITY`; above, it falls with the square root."""
 RATE_DENSITY = 0.02
 HEAD_RATE = 0.5
-"""HEAD_LR's default, of LR_PEAK: as good in domain as the whole, and better on all other text."""
+"""HEAD_LR's default, of LR_PEAK, up to a vocabulary of `HEAD_RATE_VOCABULARY`; above, it falls with the square root."""
+HEAD_RATE_VOCABULARY = 4096
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
@@ -256,7 +257,9 @@ def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> Re
 
 def resolve_learning_rates(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
     """LR_PEAK and HEAD_LR, where they are not set. The wider a layer and the denser what trains, the more weights move
-    together in each of its sums, and the less each may (docs/decisions.md has the sweeps)."""
+    together in each of its sums, and the less each may; the larger the vocabulary, the rarer is a token the target, and
+    the more of its row's updates, to which Adam gives full size, are the pull of all others (docs/decisions.md has the
+    sweeps)."""
     peak = settings.values.lr_peak
     if peak is None:
         hidden = next(iter(shapes_of(checkpoint).values()))[2]
@@ -264,7 +267,8 @@ def resolve_learning_rates(settings: ResolvedSettings, checkpoint: Checkpoint) -
         peak = float(f"{rate:.2g}")
         settings = settings.replace("model", lr_peak=peak)
     if settings.values.head_lr is None:
-        settings = settings.replace("model", head_lr=HEAD_RATE * peak)
+        share = HEAD_RATE * min(1.0, math.sqrt(HEAD_RATE_VOCABULARY / checkpoint.config.get_text_config().vocab_size))
+        settings = settings.replace("model", head_lr=float(f"{share * peak:.3g}"))
     return settings
 
 
