@@ -305,7 +305,7 @@ def question() -> Question:
     )  # an arm belongs to the longest that begins its name
     of = {a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY}
     ablations = [Ablation(f"one thing changed of {b}", b, [a for a in EVERY if of[a] == b]) for b in baselines]
-    return Question("Methods compared", "usaf-default", "full", rivals, list(EVERY), ablations)
+    return Question("Methods compared", "usaf-default", "full", rivals, list(EVERY), ablations, "usaf")
 
 
 def compare_command(arguments: argparse.Namespace) -> int:

@@ -337,6 +337,11 @@ def test_gain_beyond_the_peers_sweep(make: Any) -> None:
     assert (
         three(make, {**one_rate, "forgetting": [0.2]}, lora)["forgetting"] == REACHED
     )  # more gain, no more forgetting
+    swept = {"lora": arm_of(make, "lora", **lora), "ours": arm_of(make, "ours", test=[2.7], forgetting=[0.25])}
+    ours = choose([make("fixed", None, test=2.7, forgetting=0.25, start=None)])
+    for sweep, status in (("", UNDECIDED), ("ours", REACHED)):  # of an arm with one rate, another one's sweep
+        found = verdicts({**swept, "fixed": ours}, "fixed", "full", ["lora"], sweep)
+        assert overall(found, "forgetting") == status
     assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts
 
 

@@ -71,7 +71,7 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 """Those of the main table; `ABLATIONS` has the others."""
 
-FULL_HEAD = {"HEAD_LR": "LR_PEAK"}
+FULL_HEAD: dict[str, Any] = {"HEAD_LR": "LR_PEAK"}
 NOW: dict[str, Any] = {"sparse": ("down", "head"), "untie": True, "whole": ("router", "norms")}
 EXPERTS_ALONE = {"TRAIN_HEAD": 0, "TRAIN_NORMS": 0}
 

@@ -61,7 +61,8 @@ class Ablation:
 class Question:
     """What a report is to say.
 
-    ours: the arm that the targets are for; full: full fine-tuning; peers: those to beat, None for the family "peft";
+    ours: the arm that the targets are for; swept: the one whose sweep is ours, where that has one rate; full: full
+    fine-tuning; peers: those to beat, None for the family "peft";
     arms: the order of the tables, others after them.
     """
 
@@ -71,6 +72,7 @@ class Question:
     peers: Sequence[str] | None = None
     arms: Sequence[str] = ()
     ablations: Sequence[Ablation] = ()
+    swept: str = ""
 
     def rivals(self, arms: Mapping[str, ArmResult]) -> list[str]:
         """Of one configuration."""
@@ -109,7 +111,8 @@ def in_order(runs: Sequence[Run], found: Results) -> list[Run]:
 
 def report_text(runs: Sequence[Run], found: Results, question: Question, plots: Sequence[str] = ()) -> str:
     judged = {
-        config: verdicts(arms, question.ours, question.full, question.rivals(arms)) for config, arms in found.items()
+        config: verdicts(arms, question.ours, question.full, question.rivals(arms), question.swept)
+        for config, arms in found.items()
     }
     by_config = {config: [run for run in runs if run.config == config] for config in found}
     parts = [f"# {question.title}", "Made by `scripts/compare_methods.py` from the runs in [runs.csv](runs.csv); not "

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from comparison.choice import ArmResult, Difference, difference, forgetting_at_gain, gain_share
+from comparison.run_files import Run
 
 REACHED, NOT_REACHED, UNDECIDED = "reached", "not reached", "undecided"
 LEAST_SHARE = 0.95
@@ -45,17 +46,24 @@ class Verdict:
     text: str
 
 
-def verdicts(arms: Mapping[str, ArmResult], ours: str, full: str, peers: Sequence[str]) -> list[Verdict]:
-    """Of one configuration; none where our arm was not run."""
+def verdicts(
+    arms: Mapping[str, ArmResult], ours: str, full: str, peers: Sequence[str], swept: str = ""
+) -> list[Verdict]:  # fmt: skip
+    """Of one configuration; none where our arm was not run. swept: the arm whose sweep is ours, where our arm has one
+    rate."""
     if ours not in arms:
         return []
     our, rivals = arms[ours], [arms[peer] for peer in peers if peer in arms]
+    sweep = arms.get(swept, our).sweep
     if our.best is None:
         return [Verdict(target, NOT_REACHED, f"{ours} diverged at every rate.") for target in TARGETS]
     found = [
         gain_verdict(our, arms.get(full), full),
         *([held_out_verdict(our, peer) for peer in rivals] or [Verdict(HELD_OUT, UNDECIDED, "No peer was run.")]),
-        *([forgetting_verdict(our, peer) for peer in rivals] or [Verdict(FORGETTING, UNDECIDED, "No peer was run.")]),
+        *(
+            [forgetting_verdict(our, peer, sweep) for peer in rivals]
+            or [Verdict(FORGETTING, UNDECIDED, "No peer was run.")]
+        ),
         reload_verdict(our),
     ]
     if our.failed:
@@ -125,7 +133,8 @@ def counts(our: ArmResult, peer: ArmResult) -> str:
     return f" ({one:,.0f} against {other:,.0f} parameters)"
 
 
-def forgetting_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
+def forgetting_verdict(our: ArmResult, peer: ArmResult, sweep: Sequence[Run]) -> Verdict:
+    """sweep: of our method, by rate."""
     gain, forgetting = our.spread(lambda run: run.gain), our.spread(lambda run: run.forgetting)
     found = forgetting_at_gain(peer.sweep, gain.mean) if gain is not None else None
     if gain is None or forgetting is None or found is None:
@@ -137,17 +146,17 @@ def forgetting_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
         return Verdict(FORGETTING, status, f"{ours}; {peer.arm} {found.forgetting:+.4f} at the same gain.")
     if gain.mean < found.top[0]:
         return Verdict(FORGETTING, UNDECIDED, f"{ours}, which is below the sweep of {peer.arm}.")
-    status, compared = at_peers_top(our, peer, *found.top)
+    status, compared = at_peers_top(forgetting.mean, sweep, *found.top)
     return Verdict(FORGETTING, status, f"{ours}, which {peer.arm} does not reach at any rate. {compared}")
 
 
-def at_peers_top(our: ArmResult, peer: ArmResult, gain: float, forgetting: float) -> tuple[str, str]:
-    """Where we gain more than the peer ever does, the two are compared at the most that it does, on our own sweep."""
-    own = forgetting_at_gain(our.sweep, gain)
+def at_peers_top(ours: float, sweep: Sequence[Run], gain: float, forgetting: float) -> tuple[str, str]:
+    """Where we gain more than the peer ever does: we forget no more all the same, or else the two are compared at the
+    most that it gains, on our own sweep. ours: our forgetting; gain, forgetting: the peer's at its most."""
     text = f"At its most, {gain:.4f}, it has {forgetting:+.4f}"
-    ours = our.spread(lambda run: run.forgetting)
-    if ours is not None and ours.mean <= forgetting:
+    if ours <= forgetting:
         return REACHED, f"{text}, which is more."
+    own = forgetting_at_gain(sweep, gain)
     if own is None or own.forgetting is None:
         return UNDECIDED, f"{text}, and our own sweep does not pass there."
     status = REACHED if own.forgetting <= forgetting else NOT_REACHED
