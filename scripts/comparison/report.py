@@ -62,8 +62,7 @@ class Question:
     """What a report is to say.
 
     ours: the arm that the targets are for; swept: the one whose sweep is ours, where that has one rate; full: full
-    fine-tuning; peers: those to beat, None for the family "peft";
-    arms: the order of the tables, others after them.
+    fine-tuning; peers: those to beat, None for the family "peft"; arms: the order of the tables, others after them.
     """
 
     title: str = "Comparison of methods"
