@@ -81,8 +81,9 @@ def test_the_product_and_masked_dense_weights_train_alike(
     same["sparse"] = ("experts" if projections == "all" else "down", *(("head",) if also else ()))
     same |= {"untie": bool(also), "head_rate": HEAD_RATE}
     monkeypatch.setitem(EVERY, "judge", Arm("lab", 5e-3, "", same))
-    product = run_arm(bed, name, 5e-3, 0, further)
-    judge = run_arm(bed, "judge", 5e-3, 0, further)
+    rate = 4.9e-3  # at 5e-3 two experts of a token tie within rounding in one arm's step 9, and the two choose apart
+    product = run_arm(bed, name, rate, 0, further)
+    judge = run_arm(bed, "judge", rate, 0, further)
     assert product["losses"] == pytest.approx(judge["losses"], abs=2e-4)
     assert product["losses"][-1] < product["losses"][0] - 0.05  # and something was learnt
     for key, nll in product["nll"].items():
