@@ -9,7 +9,7 @@
 # steps, which no run has seen the like of. Forgetting: the documentation that comes with Python. The experts were made
 # from problems that are in neither (the last $CALIBRATION_PROBLEMS), and from chapters of that documentation.
 #
-# What is there already (the model, the MoE, the texts) is used again. Everything after the command's name goes to
+# What is there already (the model, the MoE) is used again. Everything after the command's name goes to
 # scripts/compare_methods.py, whose --help says what there is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,6 +27,11 @@ if [ -z "${PYTHON:-}" ]; then
     done
 fi
 
+if [ ! -x "$PYTHON" ]; then
+    echo "error: no Python found; set PYTHON to one in which USAF is installed" >&2
+    exit 2
+fi
+
 "$PYTHON" scripts/fetch_smollm2.py --output "$WORK"
 mkdir -p "$WORK/compare"
 "$PYTHON" - "$WORK/compare" "$CALIBRATION_PROBLEMS" <<'END'
@@ -37,7 +42,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 folder, last = Path(sys.argv[1]), int(sys.argv[2])
-problems = [json.loads(line) for line in Path("data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()]
+problems = [json.loads(line) for line in Path("data/gsm8k/train.jsonl").open(encoding="utf-8")]
 steps = [problem["answer"].count("\n") for problem in problems]  # a line each, and one for the result
 learned = list(zip(problems, steps))[:-last]
 texts = {

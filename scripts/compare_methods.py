@@ -237,12 +237,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     parser = Parser("python scripts/compare_methods.py", "Many methods on one MoE, and what each is worth.")
     parser.add_argument("--folder", type=Path, required=True, help="where runs, splits and caches go")
-    parser.add_argument(
-        "--part",
-        choices=("run", "report", "restore"),
-        default="run",
-        help="report: tables from what has run; restore: run files from a report's runs.csv",
-    )
+    parser.add_argument("--part", choices=("run", "report", "restore"), default="run",
+                        help="report: tables from what has run; restore: run files from its runs.csv")  # fmt: skip
     parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated (default: the main table's)")
     parser.add_argument("--model", type=Path, help="an MoE checkpoint's folder (default: the bundled demo)")
     parser.add_argument("--dataset", type=Path, help="JSONL to train on, and to split (default: the demo's)")
@@ -296,13 +292,7 @@ def question() -> Question:
     from comparison.report import Ablation, Question
 
     rivals = [name for name, arm in ARMS.items() if arm.family == "peft" and "budget" not in arm.options]
-    baselines = (
-        "now",
-        "usaf",
-        "usaf-head-1",
-        "usaf-experts",
-        "lab",
-    )  # an arm belongs to the longest that begins its name
+    baselines = ("now", "usaf", "usaf-head-1", "usaf-experts", "lab")  # an arm has the longest that begins its name
     of = {a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY}
     ablations = [Ablation(f"one thing changed of {b}", b, [a for a in EVERY if of[a] == b]) for b in baselines]
     return Question("Methods compared", "usaf-default", "full", rivals, list(EVERY), ablations, "usaf")
