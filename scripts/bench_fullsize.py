@@ -256,12 +256,15 @@ class Bench:
     def head_trains(self) -> bool:
         return self.session.model.head is not None
 
+    def different_targets(self) -> int:
+        return self.session.data.train.different_targets()
+
     def densities(self) -> tuple[float, float]:
         """The shares that train of the experts' weights and of the head's."""
         from usaf.importance import counts_by_name
 
         model = self.session.model
-        counts = counts_by_name(model, self.start, self.values.frac, self.values.projections)
+        counts = counts_by_name(model, self.start, self.values.frac, self.values.projections, self.different_targets())
         of_head = 0.0 if model.head is None else counts.pop(model.head_name) / model.head.numel
         experts = sum(bank.numel for moe in model.moe_from(self.start) for bank in moe.banks)
         return sum(counts.values()) / experts, of_head
@@ -342,7 +345,9 @@ class Bench:
 
         from usaf.importance import counts_by_name
 
-        counts = counts_by_name(trainer.model, self.start, self.values.frac, self.values.projections)
+        counts = counts_by_name(
+            trainer.model, self.start, self.values.frac, self.values.projections, self.different_targets()
+        )
         generator = torch.Generator().manual_seed(0)
         active = {}
         for name, bank in trainer.banks.items():

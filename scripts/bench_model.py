@@ -239,7 +239,9 @@ def random_active(trainer: Trainer, fraction: float, seed: int = 0) -> dict[str,
 
     rng = np.random.default_rng(seed)
     chosen = {}
-    counts = counts_by_name(trainer.model, trainer.states.start, fraction, trainer.settings.projections)
+    counts = counts_by_name(
+        trainer.model, trainer.states.start, fraction, trainer.settings.projections, trainer.rows.different_targets()
+    )
     for name, bank in trainer.banks.items():
         indices = rng.choice(bank.numel, counts[name], replace=False, shuffle=False)
         chosen[name] = torch.from_numpy(np.sort(indices))

@@ -16,6 +16,7 @@ import bench_fullsize
 import benchmark
 import make_fullsize
 
+from usaf.data import Rows
 from usaf.importance import trained_counts
 
 SCRIPT = Path(bench_fullsize.__file__)
@@ -40,16 +41,23 @@ def bench(folder: Path, figures: Path, *flags: str) -> dict[str, Any]:
     return read_json(figures)
 
 
-def test_every_phase_with_its_count(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_phase_with_its_count(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Rows] = []
+    count = Rows.different_targets
+    monkeypatch.setattr(Rows, "different_targets", lambda rows: seen.append(rows) or count(rows))
     found = bench(folder, tmp_path / "figures.json", "--train-from", "2", "--scratch", str(tmp_path))
     phases = {figure["phase"]: figure for figure in found["phases"]}
     assert list(phases) == ["prefix", "importance", "step", "capture", "reselection", "evaluation"]
     assert [phases[name]["runs"] for name in phases] == [1, 1, 2, 4, 1, 3]
     assert [phases[name]["tokens"] for name in phases] == [64, 64, 32, 32, 128, 48]
+    text = seen[0]
+    assert 10 < count(text) < 128
     work = benchmark.model_work(tiny_config("qwen3_moe"))
     two, frac = [16, 16], found["settings"]["FRAC"]["value"]
     layer, of_model = (8 * 96 * 64, 8 * 64 * 48), 128 * 64
-    counts, of_head = trained_counts(of_model, [layer, layer], frac, "down")
+    counts, of_head = trained_counts(64 * count(text), [layer, layer], frac, "down")
     densities = sum(map(sum, counts)) / (2 * sum(layer)), of_head / of_model
     counted = {
         "prefix": work.forward([16] * 4, (0, 2)), "importance": work.importance([16] * 4, 2, "down"),

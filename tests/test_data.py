@@ -48,7 +48,7 @@ def test_text_is_cut_at_the_row_and_goes_on_as_a_new_document() -> None:
     assert row_lists(rows, rows.positions) == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 1]]
     assert row_lists(rows, rows.labels) == [[-100, 2, 3, -100], [-100, 6, 7, 8], [-100, 10]]
     assert [rows.length(i) for i in range(len(rows))] == [4, 4, 2]
-    assert rows.target_tokens() == 6
+    assert rows.target_tokens() == rows.different_targets() == 6
     assert (rows.truncated, rows.dropped) == (0, 0)
 
 
@@ -146,7 +146,24 @@ def test_fingerprint_tells_every_array() -> None:
 
 def test_targets_at_a_rows_first_position_do_not_count() -> None:
     rows = Rows(np.array([1, 2, 3, 4]), np.array([1, 2, 3, -100]), np.array([0, 1, 0, 1]), np.array([0, 2, 4]))
-    assert rows.target_tokens() == 1
+    assert rows.target_tokens() == rows.different_targets() == 1
+
+
+def test_different_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all blocks, each token once; none of a row's first, of masked ones, or where there is no row."""
+    rng = np.random.default_rng(0)
+    labels = np.where(rng.random(500) < 0.3, -100, rng.integers(0, 90, 500)).astype(np.int32)
+    offsets = np.arange(0, 501, 20)
+    firsts = set(offsets[:-1].tolist())
+    wanted = len({int(label) for i, label in enumerate(labels) if label != -100 and i not in firsts})
+    rows = Rows(labels, labels, labels, offsets)
+    for at_once in (1, 7, 500, 1 << 20):
+        monkeypatch.setattr("usaf.data.LABELS_AT_ONCE", at_once)
+        assert rows.different_targets() == wanted < 90
+    none = np.full(4, -100, np.int32)
+    assert Rows(none, none, none, np.array([0, 4])).different_targets() == 0
+    empty = np.zeros(0, np.int32)
+    assert Rows(empty, empty, empty, np.array([0])).different_targets() == 0
 
 
 def test_batches_are_padded_by_a_document_of_their_own() -> None:

@@ -498,7 +498,7 @@ def shaped_like(layers: int, up: int, down: int, head: int) -> SparseModel:
         SimpleNamespace(names=(f"{i}.up", f"{i}.down"), banks=(SimpleNamespace(numel=up), SimpleNamespace(numel=down)))
         for i in range(layers)
     ]
-    own = SimpleNamespace(numel=head) if head else None
+    own = SimpleNamespace(numel=head, in_features=1) if head else None
     model = SimpleNamespace(moe_from=lambda start: moes[start:], head=own, head_name="head")
     return model  # type: ignore[return-value]
 
@@ -511,8 +511,8 @@ def test_as_many_weights_with_a_head_as_without(
     layers: int, up: int, down: int, head: int, fraction: float, projections: str
 ) -> None:
     """In all: from a head of one weight to one that is far larger than all experts, and never more than there are."""
-    without = counts_by_name(shaped_like(layers, up, down, 0), 0, fraction, projections)
-    counts = counts_by_name(shaped_like(layers, up, down, head), 0, fraction, projections)
+    without = counts_by_name(shaped_like(layers, up, down, 0), 0, fraction, projections, 0)
+    counts = counts_by_name(shaped_like(layers, up, down, head), 0, fraction, projections, head)
     assert counts.keys() == {*without, "head"}
     assert sum(counts.values()) == sum(without.values())
     assert 0 <= counts["head"] <= head
@@ -523,6 +523,18 @@ def test_as_many_weights_with_a_head_as_without(
     share = min(head / (head + of_down), head / in_all)
     # Every layer gives whole weights: the head may lack one a tensor.
     assert share * in_all - 2 * layers <= counts["head"] <= share * in_all + 1e-6 * in_all
+
+
+@pytest.mark.parametrize("different", [0, 1, 37, 400, 500, 10_000])
+def test_only_tokens_of_the_text_count_for_the_heads_share(different: int) -> None:
+    """As a head of these rows alone has it, whatever the vocabulary."""
+    layers, up, down, hidden, vocabulary = 3, 2_000, 1_000, 8, 500
+    model = shaped_like(layers, up, down, hidden * vocabulary)
+    assert model.head is not None
+    model.head.in_features = hidden
+    counts = counts_by_name(model, 0, 0.05, "down", different)
+    smaller = shaped_like(layers, up, down, hidden * min(different, vocabulary))
+    assert counts == {"head": 0, **counts_by_name(smaller, 0, 0.05, "down", hidden * vocabulary)}
 
 
 def test_the_head_of_a_model_may_get_no_weight(headed: Callable[[str], Pair]) -> None:
@@ -545,7 +557,7 @@ def test_counts_of_a_model(headed: Callable[[str], Pair], projections: str) -> N
             pair.model, states, rows, range(4), fraction, 4, 16, lambda n: None, projections=projections
         )
         sizes = {name: len(active) for name, active in found.active.items()}
-        assert sizes == counts_by_name(pair.model, 2, fraction, projections)
+        assert sizes == counts_by_name(pair.model, 2, fraction, projections, rows.different_targets())
         for name, weights in banks_of(pair).items():
             assert torch.equal(found.active[name], found.active[name].unique())
             assert sizes[name] == 0 or int(found.active[name][-1]) < weights.numel

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from usaf import evaluate as evaluate_module
 from usaf.checkpoint import Checkpoint
 from usaf.devices import choose_backend, cuda
-from usaf.session import resolve_learning_rates
+from usaf.session import prepare, resolve_learning_rates
 from usaf.settings import load_settings
 from usaf.train import main
 
@@ -72,7 +72,10 @@ def test_summary(world: World) -> None:
         int(0.05 * EXPERTS * size) for size in (2 * HIDDEN * INTERMEDIATE, HIDDEN * INTERMEDIATE) * 2
     )
     assert summary["router_parameters"] == 2 * EXPERTS * HIDDEN
-    experts, head = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE, VOCAB * HIDDEN  # PROJECTIONS=all
+    experts = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE  # PROJECTIONS=all
+    text = prepare(load_settings([], world.environ("plain"), {})).data.train
+    head = text.different_targets() * HIDDEN
+    assert 10 < text.different_targets() < VOCAB
     assert summary["head_parameters"] == pytest.approx(0.05 * experts * head / (head + experts), abs=4)
     assert summary["norm_parameters"] == 2 * (2 * HIDDEN + 2 * 16) + HIDDEN  # of a layer two, and two of its heads'
     assert (summary["steps"], summary["steps_skipped"], summary["seed"]) == (12, 0, 0)

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from usaf.errors import UserError
-from usaf.importance import ROWS_AT_ONCE, trained_counts
+from usaf.importance import ROWS_AT_ONCE, head_weights_that_count, trained_counts
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.prefix import STRETCH_BYTES
 from usaf.settings import Settings, parse_size
@@ -98,6 +98,7 @@ class Work:
     quantises: bool = False  # the 4-bit file is made in this process
     on_device: bool = False  # products run on a GPU, whose memory counts apart
     projections: str = "down"
+    different_targets: int | None = None  # of the training text (`Rows`); None before it is read: the whole vocabulary
 
     @property
     def step_tokens(self) -> int:
@@ -184,7 +185,9 @@ class Trained:
 def trained_weights(shape: ModelShape, work: Work) -> Trained:
     layers = shape.layers[work.start :]
     moe = [layer.experts for layer in layers if layer.experts is not None]
-    head = shape.head_weights if work.head_trains else 0
+    vocabulary, hidden = shape.head
+    different = vocabulary if work.different_targets is None else work.different_targets
+    head = head_weights_that_count(shape.head_weights, hidden, different) if work.head_trains else 0
     experts, of_head = trained_counts(head, [e.bank_weights for e in moe], work.frac, work.projections)
     whole = sum(e.router_weights for e in moe) if work.router_trains else 0
     if work.norms_train:

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 # Second entries of the seeds, so that no two uses of SEED share a random stream.
 SPLIT_STREAM, CHUNK_STREAM, EPOCH_STREAM = 1, 2, 3
 
+LABELS_AT_ONCE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -90,6 +92,16 @@ class Rows:
         return int(np.count_nonzero(self.labels != NO_TARGET)) - int(
             np.count_nonzero(self.labels[self.offsets[:-1]] != NO_TARGET)
         )
+
+    def different_targets(self) -> int:
+        """How many tokens of the vocabulary occur among the labels that count in the loss."""
+        counted = self.labels != NO_TARGET
+        counted[self.offsets[:-1]] = False
+        seen = np.zeros(int(self.labels.max(initial=0)) + 1, np.bool_)
+        for begin in range(0, len(counted), LABELS_AT_ONCE):  # as indices they are widened to 64 bits
+            span = slice(begin, begin + LABELS_AT_ONCE)
+            seen[self.labels[span][counted[span]]] = True
+        return int(np.count_nonzero(seen))
 
     def fingerprint(self) -> str:
         """SHA-256 over all four arrays, the same on every machine."""

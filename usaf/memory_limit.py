@@ -76,7 +76,7 @@ def work_of_run(settings: ResolvedSettings, data: TrainingData, threads: int, qu
     return work_of(
         values, values.train_from, longest_row(data.train), len(data.train.input_ids), len(data.train),
         longest_row(longest), sum(len(rows.input_ids) for rows in sets), cache_itemsize, threads,
-        quantises=quantises, on_device=on_device,
+        quantises=quantises, on_device=on_device, different_targets=data.train.different_targets(),
     )  # fmt: skip
 
 

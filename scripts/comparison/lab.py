@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from comparison.bed import Loads, batch_loss
 from comparison.dense import Trained, Unit, train
 from usaf.errors import UserError
-from usaf.importance import active_counts, head_share
+from usaf.importance import active_counts, head_share, head_weights_that_count
 from usaf.loss import count_targets
 from usaf.optimizer import Adam
 from usaf.selection import drop_fraction_at
@@ -188,7 +188,9 @@ class Lab:
         layers = [(experts[f"{b}.gate_up_proj"], experts[f"{b}.down_proj"]) for b in blocks]
         head = [n for n in numel if n not in experts]
         which = "down" if "down" in sparse else "all"
-        share = head_share(sum(numel[n] for n in head), layers, frac, which) if head else 0.0
+        different = self.session.data.train.different_targets()
+        counting = [head_weights_that_count(numel[n], self.model.get_parameter(n).shape[1], different) for n in head]
+        share = head_share(sum(counting), layers, frac, which) if head else 0.0
         counts = {}
         for block, (up, down) in zip(blocks, layers, strict=True):
             of_up, counts[f"{block}.down_proj"] = active_counts(up, down, frac, which, share)
