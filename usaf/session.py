@@ -54,7 +54,7 @@ RATE_TIMES_WIDTH = 2.0
 """LR_PEAK's default times the hidden size, up to a density of `RATE_DENSITY`; above, it falls with the square root."""
 RATE_DENSITY = 0.02
 HEAD_RATE = 0.5
-"""HEAD_LR's default, of LR_PEAK, up to a vocabulary of `HEAD_RATE_VOCABULARY`; above, it falls with the square root."""
+"""HEAD_LR's default, of LR_PEAK, up to a vocabulary of `HEAD_RATE_VOCABULARY`; above, it falls in proportion."""
 HEAD_RATE_VOCABULARY = 4096
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
@@ -267,7 +267,7 @@ def resolve_learning_rates(settings: ResolvedSettings, checkpoint: Checkpoint) -
         peak = float(f"{rate:.2g}")
         settings = settings.replace("model", lr_peak=peak)
     if settings.values.head_lr is None:
-        share = HEAD_RATE * min(1.0, math.sqrt(HEAD_RATE_VOCABULARY / checkpoint.config.get_text_config().vocab_size))
+        share = HEAD_RATE * min(1.0, HEAD_RATE_VOCABULARY / checkpoint.config.get_text_config().vocab_size)
         settings = settings.replace("model", head_lr=float(f"{share * peak:.3g}"))
     return settings
 

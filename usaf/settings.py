@@ -255,7 +255,7 @@ class Settings:
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of the output layer's deltas, where TRAIN_HEAD trains it",
-        unset="half of LR_PEAK; a twelfth with a vocabulary of 151,936",
+        unset="half of LR_PEAK; with more than 4,096 tokens 2,048 / vocabulary",
     )
     router_lr: float = _setting(
         5e-5,
