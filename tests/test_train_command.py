@@ -177,7 +177,7 @@ def test_the_default_rate_goes_with_width_and_density(
     assert saved == {"value": rate, "source": "model"}
 
 
-@pytest.mark.parametrize(("vocabulary", "rate"), [(96, 5e-3), (4096, 5e-3), (16384, 2.5e-3), (151_936, 8.21e-4)])
+@pytest.mark.parametrize(("vocabulary", "rate"), [(96, 5e-3), (4096, 5e-3), (16384, 1.25e-3), (151_936, 1.35e-4)])
 def test_the_rate_of_a_head_falls_with_its_vocabulary(world: World, vocabulary: int, rate: float) -> None:
     checkpoint = Checkpoint(world.model)
     checkpoint.config.get_text_config().vocab_size = vocabulary
