@@ -57,7 +57,7 @@ def test_every_phase_with_its_count(
     work = benchmark.model_work(tiny_config("qwen3_moe"))
     two, frac = [16, 16], found["settings"]["FRAC"]["value"]
     layer, of_model = (8 * 96 * 64, 8 * 64 * 48), 128 * 64
-    counts, of_head = trained_counts(64 * min(count(text) * 3 // 2, 128), [layer, layer], frac, "down")
+    counts, of_head = trained_counts(64 * min(2 * count(text), 128), [layer, layer], frac, "down")
     densities = sum(map(sum, counts)) / (2 * sum(layer)), of_head / of_model
     counted = {
         "prefix": work.forward([16] * 4, (0, 2)), "importance": work.importance([16] * 4, 2, "down"),

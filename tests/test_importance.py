@@ -527,13 +527,13 @@ def test_as_many_weights_with_a_head_as_without(
 
 @pytest.mark.parametrize("different", [0, 1, 37, 400, 500, 10_000])
 def test_only_tokens_of_the_text_count_for_the_heads_share(different: int) -> None:
-    """As a head of half as many rows again has it, whatever the vocabulary."""
+    """As a head of two rows for each has it, whatever the vocabulary."""
     layers, up, down, hidden, vocabulary = 3, 2_000, 1_000, 8, 500
     model = shaped_like(layers, up, down, hidden * vocabulary)
     assert model.head is not None
     model.head.in_features = hidden
     counts = counts_by_name(model, 0, 0.05, "down", different)
-    smaller = shaped_like(layers, up, down, hidden * min(different * 3 // 2, vocabulary))
+    smaller = shaped_like(layers, up, down, hidden * min(2 * different, vocabulary))
     assert counts == {"head": 0, **counts_by_name(smaller, 0, 0.05, "down", hidden * vocabulary)}
 
 

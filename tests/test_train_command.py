@@ -75,7 +75,7 @@ def test_summary(world: World) -> None:
     experts = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE  # PROJECTIONS=all
     text = prepare(load_settings([], world.environ("plain"), {})).data.train
     assert 10 < text.different_targets() < VOCAB
-    head = min(text.different_targets() * 3 // 2, VOCAB) * HIDDEN
+    head = min(2 * text.different_targets(), VOCAB) * HIDDEN
     assert summary["head_parameters"] == pytest.approx(0.05 * experts * head / (head + experts), abs=4)
     assert summary["norm_parameters"] == 2 * (2 * HIDDEN + 2 * 16) + HIDDEN  # of a layer two, and two of its heads'
     assert (summary["steps"], summary["steps_skipped"], summary["seed"]) == (12, 0, 0)
