@@ -255,7 +255,7 @@ class Settings:
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of the output layer's deltas, where TRAIN_HEAD trains it",
-        unset="half of LR_PEAK; with more than 4,096 tokens 2,048 / vocabulary",
+        unset="half of LR_PEAK; above 4,096 tokens LR_PEAK x 2,048 / vocabulary",
     )
     router_lr: float = _setting(
         5e-5,

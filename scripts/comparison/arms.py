@@ -209,6 +209,7 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5, **FULL_HEAD),
     "usaf-head-1-floor-0": usaf("cosine to 0", LR_FLOOR=0, **FULL_HEAD),
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
+    # kept for the runs of before `Rows.different_targets`; run anew it is usaf-default
     "usaf-head-by-size-default": usaf("at the default rates, the head's share of FRAC by its size", guess=0.0,
                                       ROUTER_LR="5e-5"),
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
