@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from usaf.demo import python_sources
@@ -34,13 +34,13 @@ VOCAB_SIZE = 4096
 SEQ_LEN = 256
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCAB_SIZE` entries; spaces run together, as indentation does in code."""
+def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` entries; spaces run together, as indentation does in code."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -94,9 +94,9 @@ def held_out_loss(model, stream: np.ndarray) -> float:
     return float(sum(losses) / windows)
 
 
-def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
+def unigram_loss(train: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
     """The loss of the best model that ignores context: training frequencies, one added to each count."""
-    counts = np.bincount(train, minlength=VOCAB_SIZE) + 1.0
+    counts = np.bincount(train, minlength=vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[held_out].mean())
 
 
@@ -116,23 +116,28 @@ def save(model, tokenizer: PreTrainedTokenizerFast, log: list[dict], output: Pat
     (output / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(parser: argparse.ArgumentParser, output: Path) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16, help=f"sequences of {SEQ_LEN} tokens a step")
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent.parent / "data" / "demo-moe")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=output)
+    return parser.parse_args()
 
+
+def pretrain(
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    train_texts: list[str],
+    held_out_texts: list[str],
+    args: argparse.Namespace,
+) -> None:
+    """A model of `config` from random weights (`args.seed`), saved to `args.output` every 500 steps and at the end."""
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    train_texts, held_out_texts = python_sources(held_out=False), python_sources(held_out=True)
-    tokenizer = train_tokenizer(train_texts)
     train, held_out = token_stream(tokenizer, train_texts), token_stream(tokenizer, held_out_texts)
     print(f"{len(train_texts)} files, {len(train):,} training tokens, {len(held_out):,} held-out tokens", flush=True)
 
-    config = demo_config(tokenizer.eos_token_id)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
     model.train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -171,7 +176,7 @@ def main() -> None:
             print(log[-1], flush=True)
             save(model, tokenizer, log, args.output)
 
-    loss, unigram = held_out_loss(model, held_out), unigram_loss(train, held_out)
+    loss, unigram = held_out_loss(model, held_out), unigram_loss(train, held_out, config.vocab_size)
     log.append(
         {
             "step": args.steps,
@@ -187,6 +192,14 @@ def main() -> None:
     )
     print(log[-1], flush=True)
     save(model, tokenizer, log, args.output)
+
+
+def main() -> None:
+    output = Path(__file__).resolve().parent.parent / "data" / "demo-moe"
+    args = arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]), output)
+    train_texts, held_out_texts = python_sources(held_out=False), python_sources(held_out=True)
+    tokenizer = train_tokenizer(train_texts)
+    pretrain(demo_config(tokenizer.eos_token_id), tokenizer, train_texts, held_out_texts, args)
 
 
 if __name__ == "__main__":

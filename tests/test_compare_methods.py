@@ -19,8 +19,6 @@ from comparison import arms as arms_module
 from comparison.arms import ABLATIONS, ARMS, EVERY, Arm, adapter_targets, budget_of, run_arm
 from comparison.bed import Bed, dense_model, evaluate_dense
 
-from usaf.session import HEAD_RATE
-
 SETTINGS = {
     "ROUTER_LR": "1e-3", "IMPORTANCE_SAMPLES": "8", "RESELECT_EVERY": "4", "CAPTURE_STEPS": "2",
     "RESELECT_UNTIL": "0.7", "USE_RESIDENT": "0", "CACHE_DTYPE": "fp32", "GROUP_SIZE": "32",
@@ -74,14 +72,14 @@ def test_the_product_and_masked_dense_weights_train_alike(
 
     also: whether head and norms train.
     """
+    rate = 4.9e-3  # at 5e-3 two experts of a token tie within rounding in one arm's step 9, and the two choose apart
     further = {**SETTINGS, **ARMS[name].options, "PROJECTIONS": projections, "TRAIN_HEAD": f"{also}",
-               "TRAIN_NORMS": f"{also}"}  # fmt: skip
+               "TRAIN_NORMS": f"{also}", "HEAD_LR": repr(rate / 2)}  # fmt: skip
     same: dict[str, Any] = {"reselect_every": 0} if name == "usaf-static" else {}
     same["whole"] = (*(("router",) if name != "usaf-frozen-router" else ()), *(("norms",) if also else ()))
     same["sparse"] = ("experts" if projections == "all" else "down", *(("head",) if also else ()))
-    same |= {"untie": bool(also), "head_rate": HEAD_RATE}
+    same |= {"untie": bool(also), "head_rate": 0.5}
     monkeypatch.setitem(EVERY, "judge", Arm("lab", 5e-3, "", same))
-    rate = 4.9e-3  # at 5e-3 two experts of a token tie within rounding in one arm's step 9, and the two choose apart
     product = run_arm(bed, name, rate, 0, further)
     judge = run_arm(bed, "judge", rate, 0, further)
     assert product["losses"] == pytest.approx(judge["losses"], abs=2e-4)

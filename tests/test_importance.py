@@ -341,13 +341,15 @@ def test_scores_by_hand() -> None:
     bank = bank_of(2, 2, 3)
     backwards = [pair_of(0, 2, [2.0, 0.0], [2.0, 1.0, 0.0]), pair_of(0, 2, [-4.0, 0.0], [1.0, 0.0, 0.0]),
                  pair_of(1, 2, [0.0, 0.0], [1.0, 1.0, 1.0]), pair_of(1, 2, [0.0, 1.5], [0.0, 0.0, 2.0])]  # fmt: skip
-    whole, (even, odd) = score_bank(bank, backwards, 2)
+    whole, gradient, (even, odd) = score_bank(bank, backwards, 2)
     assert whole.tolist() == [1, 11]  # 4 - 4 cancels: 2 and 3 remain
+    assert gradient.tolist() == [2, 3]
     assert even.tolist() == [0, 1]
     assert odd.tolist() == [0, 11]
     assert overlap(even, odd) == 0.5
-    whole, (even, odd) = score_bank(bank, backwards, 4)
+    whole, gradient, (even, odd) = score_bank(bank, backwards, 4)
     assert whole.tolist() == [0, 1, 2, 11]  # zeros by index
+    assert gradient.tolist() == [0, 2, 0, 3]
     assert even.tolist() == [0, 1, 2, 3]
     assert odd.tolist() == [0, 1, 2, 11]
 

@@ -35,7 +35,7 @@ ROWS = [
         "trained_parts",
     },  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run", "model_shape"},
-    {"trainer", "budget"},  # level 5
+    {"trainer", "learning_rate", "budget"},  # level 5
     {"memory_limit"},
     {"session"},  # level 6: what every command needs before it works
     {"summary", "plan_time"},

@@ -62,7 +62,7 @@ def test_a_stream_gives_the_same_as_the_whole(k: int, block: int, levels: int, o
         stream.update(scores[start : start + block], start)
     expected = best_by_sorting(scores.tolist(), k)
     assert stream.indices().tolist() == expected
-    assert torch.equal(stream.scores(), scores[torch.tensor(expected, dtype=torch.int64)])
+    assert torch.equal(stream.values(), scores[torch.tensor(expected, dtype=torch.int64)])
 
 
 @pytest.mark.parametrize("block", [9, 64, 200])
@@ -83,7 +83,7 @@ def test_excluding_all_but_a_few_keeps_those_few() -> None:
     stream.update(torch.zeros(6), 0, exclude=torch.tensor([0, 1, 3, 5]))
     assert stream.indices().tolist() == [2, 4]
     assert RunningTopK(4).indices().tolist() == []
-    assert RunningTopK(4).scores().tolist() == []
+    assert RunningTopK(4).values().tolist() == []
 
 
 def test_results_can_be_read_between_updates() -> None:

@@ -61,7 +61,7 @@ PROMISED_DEFAULT_TEXTS = {
     "QUANT_PATH": "found beside the model, or made there",
     "TRAIN_FROM": "layers - max(1, layers // 6), so 40 of 48",
     "FRAC": "0.005",
-    "LR_PEAK": "2 / hidden size, so 9.8e-4 for one of 2048; less for a FRAC above 2%",
+    "LR_PEAK": "measured: how far the chosen weights may go",
     "USE_CUDA": "unset",
     "USE_AMP": "1",
     "USE_RESIDENT": "auto",

@@ -17,9 +17,8 @@ from runs import REPOSITORY, TINY, World, curve, delta_tensors, events, lasting,
 from safetensors import safe_open
 
 from usaf import evaluate as evaluate_module
-from usaf.checkpoint import Checkpoint
 from usaf.devices import choose_backend, cuda
-from usaf.session import prepare, resolve_learning_rates
+from usaf.session import prepare
 from usaf.settings import load_settings
 from usaf.train import main
 
@@ -122,7 +121,7 @@ def test_metrics(world: World) -> None:
         assert e["turnover"] == e["dropped"] / e["active"]
     # A save due at 3 waits for the reselection at 4; one at 6 falls into no window.
     assert [e["step"] for e in events(folder, "save")] == [0, 4, 6, 9, 12]
-    assert {"load", "frozen prefix", "evaluate", "importance", "train"} <= {e["name"] for e in events(folder, "phase")}
+    assert {"load", "frozen prefix", "evaluate", "importance", "learning rates", "train"} <= {e["name"] for e in events(folder, "phase")}
     assert {e["event"] for e in events(folder)} <= {
         "step",
         "eval",
@@ -131,6 +130,7 @@ def test_metrics(world: World) -> None:
         "phase",
         "warning",
         "importance",
+        "learning rate",
     }
 
 
@@ -165,34 +165,32 @@ def test_the_default_first_trainable_layer_is_printed_as_a_number(
     assert "settled: TRAIN_FROM = 3 (default)" in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize(("frac", "rate"), [("0.005", 0.031), ("0.02", 0.031), ("0.08", 0.016)])
-def test_the_default_rate_goes_with_width_and_density(
-    world: World, frac: str, rate: float, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """2 / 64, and half of it at four times 2%."""
-    tag = f"default-rate-{frac}"
-    assert world.train(tag, LR_PEAK=None, FRAC=frac, STEPS=1) == 0
-    assert f"settled: LR_PEAK = {rate} (model)" in capsys.readouterr().out.splitlines()
-    saved = read_json(world.runs / tag / "settings.json")["settings"]["LR_PEAK"]
-    assert saved == {"value": rate, "source": "model"}
+def test_rates_that_are_not_set_are_measured_and_kept(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are in the run's settings, its log and its steps, each at its own peak."""
+    assert world.train("measured", LR_PEAK=None, HEAD_LR=None, WARMUP="0", LR_FLOOR="1", RESELECT_EVERY="0") == 0
+    folder = world.runs / "measured"
+    settings = read_json(folder / "settings.json")["settings"]
+    told = {event["name"]: event for event in events(folder) if event["event"] == "learning rate"}
+    steps = [event for event in events(folder) if event["event"] == "step"]
+    out = capsys.readouterr().out
+    for name, key in (("LR_PEAK", "learning_rate"), ("HEAD_LR", "head_learning_rate")):
+        assert settings[name]["source"] == "measured"
+        assert told[name]["rate"] == settings[name]["value"]
+        assert told[name]["least"] < told[name]["rest"]
+        assert f"settled: {name} = {told[name]['rate']:g} (measured: the loss turns when" in out
+        assert {step[key] for step in steps} == {settings[name]["value"]}
 
 
-@pytest.mark.parametrize(("vocabulary", "rate"), [(96, 5e-3), (4096, 5e-3), (16384, 1.25e-3), (151_936, 1.35e-4)])
-def test_the_rate_of_a_head_falls_with_its_vocabulary(world: World, vocabulary: int, rate: float) -> None:
-    checkpoint = Checkpoint(world.model)
-    checkpoint.config.get_text_config().vocab_size = vocabulary
-    settings = resolve_learning_rates(load_settings(["--lr-peak=1e-2"], {}, {}), checkpoint)
-    assert (settings.values.head_lr, settings.sources["head_lr"]) == (rate, "model")
-
-
-def test_the_head_has_half_of_the_rate_unless_said(world: World) -> None:
-    """And the log says at what rates a step was made."""
-    for tag, head_lr, rate in (("head-half", None, 2.5e-3), ("head-own", "1e-4", 1e-4)):
-        assert world.train(tag, HEAD_LR=head_lr, STEPS=1) == 0
-        settings = read_json(world.runs / tag / "settings.json")["settings"]
-        assert settings["HEAD_LR"] == {"value": rate, "source": "environment" if head_lr else "model"}
-        step = next(event for event in events(world.runs / tag) if event["event"] == "step")
-        assert (step["learning_rate"], step["head_learning_rate"]) == (settings["LR_PEAK"]["value"], rate)
+def test_a_rate_that_is_set_is_not_measured(world: World) -> None:
+    assert world.train("set", LR_PEAK="1e-3", HEAD_LR="1e-4", STEPS=1) == 0
+    assert world.train("no-head", LR_PEAK="1e-3", TRAIN_HEAD="0", HEAD_LR=None, STEPS=1) == 0
+    for tag, head in (("set", 1e-4), ("no-head", 0.0)):
+        found = events(world.runs / tag)
+        assert not [event for event in found if event["event"] == "learning rate"]
+        assert [e["head_learning_rate"] for e in found if e["event"] == "step"] == [head]
+    assert world.train("head-only", LR_PEAK="1e-3", HEAD_LR=None, STEPS=1) == 0
+    settings = read_json(world.runs / "head-only" / "settings.json")["settings"]
+    assert (settings["LR_PEAK"]["source"], settings["HEAD_LR"]["source"]) == ("environment", "measured")
 
 
 def test_the_final_table_tells_the_summary(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,10 +46,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Importance:
-    """active: parameter name -> sorted flat indices, int64. half_overlap: the share of their indices that masks from
-    two disjoint halves of the samples have in common, averaged over the tensors; nan where there is one sample only."""
+    """active: parameter name -> sorted flat indices, int64; gradients: that of the mean loss at each of them, fp32.
+    half_overlap: the share of their indices that masks from two disjoint halves of the samples have in common, averaged
+    over the tensors; nan where there is one sample only."""
 
     active: dict[str, Tensor]
+    gradients: dict[str, Tensor]
     half_overlap: float
     sequences: int
 
@@ -155,6 +157,7 @@ def find_important(
     head = _Head(model, head_chunk_tokens, scale, memory)
     counts = counts_by_name(model, states.start, fraction, projections, rows.different_targets())
     active: dict[str, Tensor] = {}
+    gradient_at: dict[str, Tensor] = {}
     overlaps: list[float] = []
     unused: dict[type, bool] = {}
     for segment in reversed(segments):
@@ -169,20 +172,21 @@ def find_important(
         )  # fmt: skip
         for name in own:
             if name not in banks:
-                active[name] = torch.zeros(0, dtype=torch.int64)
+                active[name], gradient_at[name] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
                 continue
             pairs = captured.pop(0)
-            active[name], halves = score_bank(banks[name], pairs, counts[name])
+            active[name], gradient_at[name], halves = score_bank(banks[name], pairs, counts[name])
             overlaps.append(overlap(*halves))
             del pairs  # a layer's pairs are gone before the next layer's are captured
         if above is not None and model.head is not None:
-            active[model.head_name] = torch.zeros(0, dtype=torch.int64)
-            if counts[model.head_name]:
-                active[model.head_name], halves = score_bank(model.head, head.captured, counts[model.head_name])
+            name = model.head_name
+            active[name], gradient_at[name] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+            if counts[name]:
+                active[name], gradient_at[name], halves = score_bank(model.head, head.captured, counts[name])
                 overlaps.append(overlap(*halves))
             head.captured.clear()
     half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
-    return Importance(active, half_overlap, len(samples))
+    return Importance(active, gradient_at, half_overlap, len(samples))
 
 
 def _kept(memory: Memory, hidden: Tensor | None) -> Tensor | None:
@@ -360,8 +364,9 @@ with must not depend on how far other threads are, since the rounding of a produ
 
 def score_bank(
     bank: SparseWeights[Any], pairs: Sequence[Factors], k: int
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """(the k best flat indices, the k best by the even and by the odd entries alone); int64, sorted.
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """(the k best flat indices, the gradient there, the k best by the even and by the odd entries alone); indices are
+    int64 and sorted.
 
     `pairs`: one entry for each backward. One part at a time is dense on each core.
     """
@@ -379,7 +384,7 @@ def score_bank(
         whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
 
     for_each_part(bank, pairs, score, (even, odd, whole))
-    return whole.indices(), (even.indices(), odd.indices())
+    return whole.indices(), whole.values(), (even.indices(), odd.indices())
 
 
 def grow_candidates(bank: SparseWeights[Any], pairs: Sequence[Factors], kept: Tensor, count: int) -> Tensor:

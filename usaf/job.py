@@ -22,13 +22,15 @@ from usaf.console import phase, say
 from usaf.delta import save_delta
 from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
-from usaf.importance import find_important, sample_chunks
+from usaf.importance import Importance, find_important, sample_chunks
+from usaf.learning_rate import measure_learning_rates
 from usaf.memory import PeakMemory, return_freed
 from usaf.run import RunFolder, SavedState, list_checkpoints, load_checkpoint
 from usaf.session import Session, default_tag, evaluate_all, fill_all, load, output_folder, prepare, versions
 from usaf.settings import FIELDS, ResolvedSettings
 from usaf.summary import Totals, expert_parameters, final_table, finite, summarise
 from usaf.trainer import ReselectResult, StepResult, Trainer
+from usaf.workspace import PRIVATE
 
 INTERRUPTED = 130
 
@@ -132,12 +134,37 @@ class Job:
                 self.values.head_chunk_tokens, bar.update, session.workspace("importance"), self.values.projections,
             )  # fmt: skip
         trainer.activate(found.active)
+        self.note_importance(trainer, found)
+        self.settle_learning_rates(trainer, found)
+
+    def note_importance(self, trainer: Trainer, found: Importance) -> None:
         overlap = self.totals.half_overlap = finite(found.half_overlap)
         self.run.log("importance", sequences=found.sequences, active=trainer.active_parameters(), half_overlap=overlap)
         agreement = "one sequence has no halves to compare" if overlap is None else (
             f"masks of disjoint halves agree on {overlap:.0%}")  # fmt: skip
-        say(f"importance: {trainer.active_parameters():,} weights ({expert_parameters(session):,} x FRAC) chosen from "
-            f"{found.sequences} sequences; {agreement}")  # fmt: skip
+        say(f"importance: {trainer.active_parameters():,} weights ({expert_parameters(self.session):,} x FRAC) chosen "
+            f"from {found.sequences} sequences; {agreement}")  # fmt: skip
+
+    def settle_learning_rates(self, trainer: Trainer, found: Importance) -> None:
+        """Measure those that are not set; from here on they are settings like others, of a run that is resumed too."""
+        session, values = self.session, self.values
+        assert session.order is not None
+        if values.lr_peak is not None and (values.head_lr is not None or session.model.head is None):
+            return
+        with phase("learning rates", 0, "point", self.phase_done) as bar:
+            rates, turns = measure_learning_rates(
+                values, session.model, self.states, session.data.train, session.order, found, bar.update,
+                session.workspace("importance") or PRIVATE,
+            )  # fmt: skip
+        session.settings = session.settings.replace("measured", **rates)
+        self.values = trainer.settings = session.settings.values
+        self.write_settings()
+        for name, turn in turns.items():
+            self.run.log("learning rate", name=name.upper(), rate=rates[name], **dataclasses.asdict(turn))
+            what = "head's" if name == "head_lr" else "experts'"
+            found_at = "never falls along its gradient, so this is by width" if turn.at is None else (
+                f"turns when the {what} weights move by {turn.at:.2g}")  # fmt: skip
+            say(f"settled: {name.upper()} = {rates[name]:g} (measured: the loss {found_at})")
 
     def train(self, trainer: Trainer) -> None:
         """Steps until the end, or until interrupted; logs, evaluates and saves on the way."""

@@ -26,6 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST_NORM_RATE = 0.01
+"""Norms multiply what passes them by factors near 1, so that this is a hundredth of one a step, whatever a model's
+width; the loss hardly turns along them, and says nothing of a rate."""
+
 
 class Adam:
     """Adam's state for one parameter of any shape, with an age per weight."""

@@ -68,7 +68,7 @@ class RunningTopK:
         assert k >= 0, k
         self._k = k
         self._threshold = 0.0  # no score below it can be among the k best any more
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # first index of a block -> (indices, scores)
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # first index of a block -> (indices, values)
         self._held_count = 0
         self._lock = threading.Lock()
 
@@ -83,15 +83,16 @@ class RunningTopK:
             return
         # Another thread may raise the threshold meanwhile: then some candidates too many are held until then.
         positions, scores = at_least(values, self._threshold)
+        candidates = values.index_select(0, positions)
         assert not bool(torch.isnan(scores).any()), "a NaN has no rank"
         indices = positions + first_index
         if exclude is not None and len(indices):
             outside = ~_among(indices, exclude, first_index, first_index + len(values))
-            indices, scores = indices[outside], scores[outside]
+            indices, candidates = indices[outside], candidates[outside]
         if len(indices) == 0:
             return
         with self._lock:
-            self._held[first_index] = (indices, scores)
+            self._held[first_index] = (indices, candidates)
             self._held_count += len(indices)
             # Compressing only when so many have gathered keeps the cost per block independent of k.
             if self._held_count > HELD * self._k:
@@ -107,8 +108,8 @@ class RunningTopK:
         """The chosen flat indices, int64 sorted ascending."""
         return self._compressed()[0]
 
-    def scores(self) -> Tensor:
-        """Their scores, float32, in the order of `indices()`."""
+    def values(self) -> Tensor:
+        """What was offered of them, with its sign, float32, in the order of `indices()`."""
         return self._compressed()[1]
 
     def _compressed(self) -> tuple[Tensor, Tensor]:
@@ -117,23 +118,23 @@ class RunningTopK:
             blocks = [self._held[first] for first in sorted(self._held)]
         if not blocks:
             return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float32)
-        return torch.cat([indices for indices, _ in blocks]), torch.cat([scores for _, scores in blocks])
+        return torch.cat([indices for indices, _ in blocks]), torch.cat([values for _, values in blocks])
 
     def _compress(self) -> None:
         if self._held_count <= self._k:
             return
         order = sorted(self._held)
-        chosen = top_k_indices(torch.cat([self._held[first][1] for first in order]), self._k)
+        chosen = top_k_indices(torch.cat([self._held[first][1] for first in order]).abs(), self._k)
         # Blocks are apart and each is sorted, so in the order of their beginnings all indices are.
         ends = torch.tensor([len(self._held[first][0]) for first in order]).cumsum(0).tolist()
         begin, held = 0, {}
         for first, end, part in zip(order, ends, _split(chosen, ends), strict=True):
             if len(part):
-                indices, scores = self._held[first]
-                held[first] = (indices[part - begin], scores[part - begin])
+                indices, values = self._held[first]
+                held[first] = (indices[part - begin], values[part - begin])
             begin = end
         self._held, self._held_count = held, self._k
-        self._threshold = min(float(scores.min()) for _, scores in held.values())
+        self._threshold = min(float(values.abs().min()) for _, values in held.values())
 
 
 def _split(ordered: Tensor, ends: list[int]) -> list[Tensor]:

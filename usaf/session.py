@@ -8,7 +8,6 @@ so they compute the same bits. Commands that need no data begin with `prepare_mo
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import time
@@ -34,7 +33,7 @@ from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
 from usaf.evaluation import Evaluation, evaluate
 from usaf.expert_bank import ExpertBank
-from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store, shapes_of
+from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
 from usaf.files import fingerprint
 from usaf.fused_experts import runs_fused
 from usaf.memory import available_bytes
@@ -50,12 +49,6 @@ from usaf.trained_parts import open_head, open_norms
 from usaf.workspace import PRIVATE, Workspace
 
 PhaseDone = Callable[[str, float], None]
-RATE_TIMES_WIDTH = 2.0
-"""LR_PEAK's default times the hidden size, up to a density of `RATE_DENSITY`; above, it falls with the square root."""
-RATE_DENSITY = 0.02
-HEAD_RATE = 0.5
-"""HEAD_LR's default, of LR_PEAK, up to a vocabulary of `HEAD_RATE_VOCABULARY`; above, it falls in proportion."""
-HEAD_RATE_VOCABULARY = 4096
 RESIDENT_MARGIN = 1.25  # with a resident copy an expert's product must be faster by this much to be worth its memory
 RESIDENT_ROWS = 64  # of such a product: the tokens that an expert gets of 1,024, 8 of 128 experts a token
 RESIDENT_SHARE = 0.5  # and take no more than this share of the free memory
@@ -196,9 +189,8 @@ def prepare_model(settings: ResolvedSettings, decisions: dict[str, Any] | None =
     torch.set_num_threads(chosen["threads"])
     attention = chosen["attention"]
     checkpoint = Checkpoint(resolve_model(values.model or str(DEMO_MODEL)), None if attention == "sdpa" else attention)
-    settings = resolve_learning_rates(resolve_train_from(settings, checkpoint), checkpoint)
     return ModelSession(
-        settings=settings, backend=backend, checkpoint=checkpoint, decisions=chosen,
+        settings=resolve_train_from(settings, checkpoint), backend=backend, checkpoint=checkpoint, decisions=chosen,
         store=open_quantised(checkpoint, values),
     )  # fmt: skip
 
@@ -253,23 +245,6 @@ def open_quantised(checkpoint: Checkpoint, values: Settings) -> ExpertStore | No
 
 def resolve_train_from(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
     return settle_train_from(settings, checkpoint.num_layers(), checkpoint.handover.splits, checkpoint.moe_layers())
-
-
-def resolve_learning_rates(settings: ResolvedSettings, checkpoint: Checkpoint) -> ResolvedSettings:
-    """LR_PEAK and HEAD_LR, where they are not set. The wider a layer and the denser what trains, the more weights move
-    together in each of its sums, and the less each may; the larger the vocabulary, the rarer is a token the target, and
-    the more of its row's updates, to which Adam gives full size, are the pull of all others (docs/decisions.md has the
-    sweeps)."""
-    peak = settings.values.lr_peak
-    if peak is None:
-        hidden = next(iter(shapes_of(checkpoint).values()))[2]
-        rate = RATE_TIMES_WIDTH / hidden * min(1.0, math.sqrt(RATE_DENSITY / settings.values.frac))
-        peak = float(f"{rate:.2g}")
-        settings = settings.replace("model", lr_peak=peak)
-    if settings.values.head_lr is None:
-        share = HEAD_RATE * min(1.0, HEAD_RATE_VOCABULARY / checkpoint.config.get_text_config().vocab_size)
-        settings = settings.replace("model", head_lr=float(f"{share * peak:.3g}"))
-    return settings
 
 
 def settle_train_from(

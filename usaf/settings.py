@@ -204,8 +204,8 @@ class Settings:
     lr_peak: float | None = _setting(
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
-        "peak learning rate of deltas and norms, warm-up then cosine",
-        unset="2 / hidden size, so 9.8e-4 for one of 2048; less for a FRAC above 2%",
+        "peak learning rate of the experts' deltas, and of norms up to 0.01; warm-up then cosine",
+        unset="measured: how far the chosen weights may go",
     )
     reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
     use_cuda: bool | None = _setting(
@@ -255,7 +255,7 @@ class Settings:
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of the output layer's deltas, where TRAIN_HEAD trains it",
-        unset="half of LR_PEAK; above 4,096 tokens LR_PEAK x 2,048 / vocabulary",
+        unset="measured likewise",
     )
     router_lr: float = _setting(
         5e-5,

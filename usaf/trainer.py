@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from usaf.errors import RunError
 from usaf.importance import grow_candidates
 from usaf.loss import count_targets, loss_and_gradient
 from usaf.model import SparseModel
-from usaf.optimizer import Adam, gradient_norm, learning_rate_at
+from usaf.optimizer import LARGEST_NORM_RATE, Adam, gradient_norm, learning_rate_at
 from usaf.prefix import BoundaryStates
 from usaf.run import SavedState, random_states, restore_random_states
 from usaf.selection import drop_fraction_at, reselect, smallest_k_positions
@@ -41,6 +41,16 @@ RESELECTED_AT_ONCE = 4
 
 SORTING_PASSES = 50
 """What drawing anew costs an active weight, in the multiplications of `workers`."""
+
+
+class Rates(NamedTuple):
+    """Learning rates: of the experts' deltas, the head's, the norms, the routers; 0 for a head or routers that are
+    frozen."""
+
+    experts: float
+    head: float
+    norms: float
+    routers: float
 
 
 @dataclass(frozen=True)
@@ -154,11 +164,13 @@ class Trainer:
         if skipped:
             self._skip()
         else:
-            self._update(gradients, norm, *rates)
+            self._update(gradients, norm, rates)
         self.step += 1
         self._remember_loss(loss, skipped)
-        tokens = sum(sum(batch.lengths) for batch in batches)
-        return StepResult(self.step, loss, norm, *rates, tokens, time.perf_counter() - began, skipped)
+        tokens, seconds = sum(sum(batch.lengths) for batch in batches), time.perf_counter() - began
+        return StepResult(
+            self.step, loss, norm, rates.experts, rates.head, rates.routers, tokens, seconds, skipped
+        )  # fmt: skip
 
     def _micro_step(self, batch: Batch, rows: list[int], scale: float, capturing: bool) -> float:
         """Forward and backward of one micro-batch; returns its summed loss."""
@@ -175,19 +187,13 @@ class Trainer:
     def _kept(self, factors: Factors) -> Factors:
         return factors if self.workspace is None else factors.kept(self.workspace)
 
-    def _update(
-        self, gradients: dict[str, Tensor], norm: float, rate: float, head_rate: float, router_rate: float
-    ) -> None:  # fmt: skip
+    def _update(self, gradients: dict[str, Tensor], norm: float, rates: Rates) -> None:
         """Clip all gradients together, then Adam."""
         clip = min(1.0, self.settings.grad_clip / (norm + 1e-6))
         for name, parameter in self.parameters().items():
             gradient = gradients[name] * clip if clip < 1.0 else gradients[name]
-            if name in self.routers:
-                self.adam[name].step(parameter, gradient, router_rate)
-            else:
-                decay = self.settings.weight_decay if name in self.banks else 0.0
-                own = head_rate if name == self.model.head_name else rate
-                self.adam[name].step(parameter, gradient, own, decay)
+            decay = self.settings.weight_decay if name in self.banks else 0.0
+            self.adam[name].step(parameter, gradient, self._rate_of(name, rates), decay)
         for entry in self._captured_now():
             entry.scale = clip
         self.skipped_in_a_row = 0
@@ -213,17 +219,24 @@ class Trainer:
                 "resumed one keeps both"
             )
 
-    def _learning_rates(self) -> tuple[float, float, float]:
-        """Of this step: of the experts' deltas and the norms, of the head's deltas, of the routers."""
-        values = self.settings
-        assert values.lr_peak is not None, "settled when the model was opened"
-        assert values.head_lr is not None, "settled when the model was opened"
-        peaks = (
-            values.lr_peak, 0.0 if self.model.head is None else values.head_lr,
-            values.router_lr if self.routers else 0.0,
+    def _rate_of(self, name: str, rates: Rates) -> float:
+        """That of a tensor that trains."""
+        if name in self.routers:
+            return rates.routers
+        if name in self.banks:
+            return rates.head if name == self.model.head_name else rates.experts
+        return rates.norms
+
+    def _learning_rates(self) -> Rates:
+        """Of this step."""
+        values, head = self.settings, self.model.head is not None
+        assert values.lr_peak is not None, "settled before the first step"
+        assert values.head_lr is not None or not head, "settled before the first step"
+        peaks = Rates(
+            values.lr_peak, values.head_lr if head and values.head_lr is not None else 0.0,
+            min(values.lr_peak, LARGEST_NORM_RATE), values.router_lr if self.routers else 0.0,
         )  # fmt: skip
-        rate, head, router = (learning_rate_at(self.step, self.steps, p, values.warmup, values.lr_floor) for p in peaks)
-        return rate, head, router
+        return Rates(*(learning_rate_at(self.step, self.steps, p, values.warmup, values.lr_floor) for p in peaks))
 
     def _remember_loss(self, loss: float, skipped: bool) -> None:
         """The losses of the first and the last tenth of the steps, whose means the summary shows."""

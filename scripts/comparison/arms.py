@@ -72,6 +72,9 @@ ARMS: dict[str, Arm] = {
 """Those of the main table; `ABLATIONS` has the others."""
 
 FULL_HEAD: dict[str, Any] = {"HEAD_LR": "LR_PEAK"}
+HALF_HEAD: dict[str, Any] = {"HEAD_LR": "LR_PEAK/2"}
+HEAD_RATES = {"LR_PEAK": 1.0, "LR_PEAK/2": 0.5}
+"""HEAD_LR of an arm that goes with its rate -> its part of that."""
 NOW: dict[str, Any] = {"sparse": ("down", "head"), "untie": True, "whole": ("router", "norms")}
 EXPERTS_ALONE = {"TRAIN_HEAD": 0, "TRAIN_NORMS": 0}
 
@@ -209,9 +212,11 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5, **FULL_HEAD),
     "usaf-head-1-floor-0": usaf("cosine to 0", LR_FLOOR=0, **FULL_HEAD),
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
-    # kept for the runs of before `Rows.different_targets`; run anew it is usaf-default
-    "usaf-head-by-size-default": usaf("at the default rates, the head's share of FRAC by its size", guess=0.0,
-                                      ROUTER_LR="5e-5"),
+    "usaf-head-half": usaf("the head at half the rate", **HALF_HEAD),
+    # kept for runs of before rates were measured, and of before `Rows.different_targets`; run anew they are usaf-default
+    "usaf-by-width-default": usaf("at rates by width and FRAC: the default of before", guess=0.0, ROUTER_LR="5e-5"),
+    "usaf-head-half-default": usaf("the same, the head at half the rate", guess=0.0, ROUTER_LR="5e-5"),
+    "usaf-head-by-size-default": usaf("the same, the head's share of FRAC by its size", guess=0.0, ROUTER_LR="5e-5"),
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
     "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
                             RESELECT_EVERY=10),
@@ -505,8 +510,8 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     from usaf.session import apply_delta, load
 
     settings = {**further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
-    if settings.get("HEAD_LR") == "LR_PEAK":
-        settings["HEAD_LR"] = settings["LR_PEAK"]
+    if settings.get("HEAD_LR") in HEAD_RATES:
+        settings["HEAD_LR"] = repr(HEAD_RATES[settings["HEAD_LR"]] * float(settings["LR_PEAK"]))
     with tempfile.TemporaryDirectory() as folder:
         settings["PREFIX_CACHE_DIR"] = folder  # runs beside this one have their own
         session, before = seeded_session(bed, seed, settings), held()
@@ -534,6 +539,7 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     """(the trainer at its end, figures)."""
     from usaf.delta import experts_moved as moved_by_delta
     from usaf.importance import find_important
+    from usaf.learning_rate import measure_learning_rates
     from usaf.session import fill_all
     from usaf.trainer import Trainer
 
@@ -549,6 +555,9 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     )  # fmt: skip
     importance_seconds = time.perf_counter() - began
     trainer.activate(found.active)
+    rates, _ = measure_learning_rates(values, session.model, states, rows, order, found, lambda _: None)
+    session.settings = session.settings.replace("measured", **rates)
+    trainer.settings = session.settings.values
     losses: list[float] = []
     seconds: list[float] = []
     turnover: list[float] = []

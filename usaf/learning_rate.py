@@ -1,0 +1,184 @@
+"""Peak learning rates that nobody has set: how far the chosen weights may go before the loss turns.
+
+Before the first step all chosen weights of a kind, the experts' or the head's, move against the sign of their mean
+gradient by one and the same amount t, as Adam would move them, and the loss is taken on sequences that had no say in
+choosing them. It falls, turns, and rises. Where it turns tells what no rule of widths can see: how many layers and
+weights move together, how large a model's activations are, how near to a minimum it already is.
+
+    experts    LR_PEAK = sqrt(2 / hidden size * turn), and no more than 2 * turn
+    head       HEAD_LR = turn / 4
+
+The rule of widths, 2 / hidden size, and the turn are two estimates with errors of their own, which is why LR_PEAK is
+their mean (docs/decisions.md has the sweeps of three models).
+
+Left out: norms, whose loss hardly turns, and which have LR_PEAK up to `optimizer.LARGEST_NORM_RATE`; routers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usaf.data import DataOrder, Rows
+from usaf.importance import Importance
+from usaf.loss import count_targets, loss_sum
+from usaf.model import SparseModel
+from usaf.prefix import BoundaryStates
+from usaf.settings import Settings
+from usaf.sparse_weights import SparseWeights
+from usaf.workspace import PRIVATE, Memory
+
+RATE_TIMES_WIDTH = 2.0
+"""LR_PEAK by width alone, times the hidden size."""
+MOST_TURNS = 2.0
+"""LR_PEAK at most, in turns."""
+HEAD_TURNS = 0.25
+"""HEAD_LR, in turns of its own."""
+
+LEAST_SEQUENCES, ENOUGH_TARGETS = 8, 4096
+"""Sequences along the line: so many, and more until they have so many targets, but no more than chose the weights."""
+MOST_POINTS = 12
+"""Places along a line at which the loss is taken."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where the loss along a line turns: `at`, None where it never fell. rest: the loss at its beginning, least: the
+    lowest that was seen, mean over the targets, in nats; points: how many were taken."""
+
+    at: float | None
+    rest: float
+    least: float
+    points: int
+
+
+def fresh_rows(order: DataOrder, rows: Rows, seen: int) -> list[int]:
+    """The sequences along the line: the first of training's order that importance, which had the first `seen`, has not
+    met. Where the data end before, some of those that it has."""
+    taken = order.first_rows(min(seen + max(seen, LEAST_SEQUENCES), len(rows)))
+    chosen: list[int] = []
+    targets = 0
+    for row in taken[max(0, min(seen, len(taken) - LEAST_SEQUENCES)) :]:
+        if len(chosen) >= LEAST_SEQUENCES and targets >= ENOUGH_TARGETS:
+            break
+        chosen.append(row)
+        targets += count_targets(rows.batch([row]))
+    return chosen
+
+
+def turning_point(loss: Callable[[float], float], rest: float, guess: float) -> Turn:
+    """Doublings and halvings of `guess` until the least loss has a larger one on either side; `at` is the vertex of the
+    parabola through these three, over log t. A loss that is not finite counts as infinite."""
+    tried: dict[int, float] = {}  # doublings of the guess -> loss
+
+    def take(i: int) -> None:
+        found = loss(guess * 2.0**i)
+        tried[i] = found if math.isfinite(found) else math.inf
+
+    take(0)
+    while len(tried) < MOST_POINTS:
+        best = min(tried, key=lambda i: (tried[i], i))
+        missing = [i for i in (best + 1, best - 1) if i not in tried]
+        if not missing:
+            break
+        take(missing[0])
+    best = min(tried, key=lambda i: (tried[i], i))
+    least = tried[best]
+    if not least < rest:
+        return Turn(None, rest, least, len(tried))
+    below, above = tried.get(best - 1, math.inf), tried.get(best + 1, math.inf)
+    curvature = below - 2 * least + above
+    vertex = (below - above) / (2 * curvature) if math.isfinite(curvature) and curvature > 0 else 0.0
+    return Turn(guess * 2.0 ** (best + vertex), rest, least, len(tried))
+
+
+class Line:
+    """The loss over some sequences with the chosen weights of a kind moved; afterwards all deltas are 0 again.
+
+    gradients: tensor -> the mean loss's gradient at its active weights, in their order.
+    """
+
+    def __init__(
+        self, model: SparseModel, states: BoundaryStates, rows: Rows, sequences: Sequence[int], microbatch: int,
+        head_chunk_tokens: int, gradients: Mapping[str, Tensor], memory: Memory = PRIVATE,
+    ) -> None:  # fmt: skip
+        self.model, self.states, self.head_chunk_tokens, self.memory = model, states, head_chunk_tokens, memory
+        self.parts = [list(sequences[i : i + microbatch]) for i in range(0, len(sequences), microbatch)]
+        self.batches = [rows.batch(part) for part in self.parts]
+        self.gradients = gradients
+        self.kept: list[Tensor] = []
+        head = model.head_name if model.head is not None else None
+        self.experts = {n: w for n, w in model.sparse_weights(states.start).items() if n != head}
+        self.head: dict[str, SparseWeights[Any]] = {} if model.head is None else {model.head_name: model.head}
+
+    def _move(self, weights: Mapping[str, SparseWeights[Any]], t: float) -> None:
+        for name, own in weights.items():
+            own.delta.data.copy_(self.gradients[name].sign().mul(-t))
+
+    def _hidden(self, i: int) -> Tensor:
+        """What leaves the final norm, of micro-batch i."""
+        entering = self.states.hidden(self.parts[i])
+        return self.model.run_layers(self.batches[i], self.states.start, self.model.num_layers, entering)
+
+    def _loss(self, hidden: Iterable[Tensor]) -> float:
+        """Mean over the targets. hidden: what leaves the final norm, of every micro-batch."""
+        chunk = self.head_chunk_tokens
+        sums = [loss_sum(self.model, h, batch, chunk) for h, batch in zip(hidden, self.batches, strict=True)]
+        return math.fsum(loss for loss, _ in sums) / max(1, sum(targets for _, targets in sums))
+
+    @torch.no_grad()
+    def loss_with_experts(self, t: float) -> float:
+        """With the experts' chosen weights moved by t."""
+        self._move(self.experts, t)
+        loss = self._loss(self._hidden(i) for i in range(len(self.parts)))
+        self._move(self.experts, 0.0)
+        return loss
+
+    @torch.no_grad()
+    def loss_with_head(self, t: float) -> float:
+        """With the head's chosen weights moved by t. What the head is given does not depend on them, and is kept."""
+        if not self.kept:
+            self.kept = [self.memory.keep(self._hidden(i)) for i in range(len(self.parts))]
+        self._move(self.head, t)
+        loss = self._loss(hidden.to(self.model.backend.device) for hidden in self.kept)
+        self._move(self.head, 0.0)
+        return loss
+
+
+def measure_learning_rates(
+    settings: Settings, model: SparseModel, states: BoundaryStates, rows: Rows, order: DataOrder, found: Importance,
+    progress: Callable[[int], None], memory: Memory = PRIVATE,
+) -> tuple[dict[str, float], dict[str, Turn]]:  # fmt: skip
+    """(LR_PEAK and HEAD_LR as far as they are not set and something trains at them, by the names of the fields; where
+    their lines turned). The chosen weights are active, their deltas 0, before and after.
+
+    `progress` is called after each point of a line. `memory`: where the head's inputs lie meanwhile.
+    """
+    by_width = RATE_TIMES_WIDTH / model.moe_from(states.start)[0].banks[0].part_columns
+    line = Line(
+        model, states, rows, fresh_rows(order, rows, found.sequences), settings.microbatch, settings.head_chunk_tokens,
+        found.gradients, memory,
+    )  # fmt: skip
+
+    def turn_of(loss: Callable[[float], float]) -> Turn:
+        def told(t: float) -> float:
+            value = loss(t)
+            progress(1)
+            return value
+
+        return turning_point(told, told(0.0), by_width)
+
+    rates: dict[str, float] = {}
+    turns: dict[str, Turn] = {}
+    if settings.lr_peak is None:
+        turns["lr_peak"] = turn = turn_of(line.loss_with_experts)
+        rates["lr_peak"] = by_width if turn.at is None else min(math.sqrt(by_width * turn.at), MOST_TURNS * turn.at)
+    if settings.head_lr is None and model.head is not None:
+        turns["head_lr"] = turn = turn_of(line.loss_with_head)
+        rates["head_lr"] = HEAD_TURNS * (by_width if turn.at is None else turn.at)
+    return {name: min(1.0, float(f"{rate:.2g}")) for name, rate in rates.items()}, turns
