@@ -183,6 +183,7 @@ class Bench:
             "CPU_THREADS": given.threads, "RESELECT_EVERY": steps if capture else 0, "RESELECT_UNTIL": 1,
             # As if the reselection came after a quarter of the run, which decides how much it exchanges.
             "STEPS": 4 * steps if capture else steps,
+            "LR_PEAK": 1e-3, "HEAD_LR": 1e-4,  # any: rates cost no time
         }  # fmt: skip
         return load_settings([], {**{k: str(v) for k, v in environ.items() if v is not None}, **further}, {})
 

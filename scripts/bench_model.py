@@ -130,7 +130,7 @@ class Inputs:
         return {
             "MODEL": str(self.model), "DATASET_PATH": str(self.data), "OUTPUT_DIR": str(self.folder / "runs"),
             "USE_CUDA": "0", "CPU_THREADS": str(threads), "STEPS": str(steps), "RESELECT_EVERY": "0",
-            "IN_DOMAIN_FRACTION": "0.01", **further,
+            "IN_DOMAIN_FRACTION": "0.01", "LR_PEAK": "1e-3", "HEAD_LR": "1e-4", **further,
         }  # fmt: skip
 
     def make(self, settings: dict[str, str]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ WHOLE_SHARE = 0.98  # of the prefix's tokens: less, and a part came from an earl
 ROWS = {
     "quantise": ((), "quantise"), "load": (("load",), None), "frozen prefix": (("prefix",), "prefix"),
     "evaluate before": (("evaluate before",), "evaluations"), "importance": (("importance",), "importance"),
+    "learning rates": (("step",), "learning rates"),
     "steps": (("step", "checkpoint"), "steps"), "reselections": (("step", "reselection"), "reselections"),
     "evaluate": (("evaluate", "checkpoint"), "evaluations"), "checkpoints": ((), "checkpoints"),
 }  # fmt: skip
@@ -184,6 +185,7 @@ def plan_run(run: Run, measured: bool) -> Planned:
         work_of_run(session.settings, session.data, chosen["threads"], quantises, on_device),
         resident=bool(chosen["resident"]), stretch_bytes=chosen.get("stretch_bytes") or STRETCH_BYTES,
         spilled=frozenset(chosen.get("mapped_buffers", ())),
+        measured_rates=sum(event["event"] == "learning rate" for event in run.events),
     )  # fmt: skip
     memory = memory_plan(shape, work, baseline)
     seconds = plan_seconds(session, shape, work) if measured and not on_device else None

@@ -24,8 +24,8 @@ from usaf.train import main
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = 2e-4
-SETTINGS = {**TINY, "LR_PEAK": "3e-2", "HEAD_LR": "1.5e-2", "ROUTER_LR": "1e-2", "MICROBATCH": "4", "CPU_THREADS": "1", "FRAC": "0.2",
-            "TRAIN_FROM": "1"}  # fmt: skip
+SETTINGS = {**TINY, "LR_PEAK": "3e-2", "HEAD_LR": "1.5e-2", "ROUTER_LR": "1e-2", "MICROBATCH": "4",
+            "CPU_THREADS": "1", "FRAC": "0.2", "TRAIN_FROM": "1"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_times_are_measured_and_add_up(
     monkeypatch.setattr(plan_time, "ROWS", (1, 16))
     found = figures(tmp_path, "--model", str(config_only), *SMALL, "--reselect-every", "4")
     assert [t["name"] for t in found["times"]] == [
-        "quantise", "prefix", "importance", "steps", "reselections", "evaluations", "checkpoints"
+        "quantise", "prefix", "importance", "learning rates", "steps", "reselections", "evaluations", "checkpoints"
     ]  # fmt: skip
     assert all(t["seconds"] > 0 for t in found["times"])
     assert (
@@ -180,6 +180,10 @@ def test_times_grow_with_what_they_are_of(planned: Plan) -> None:
         "prefix"
     ].operations == pytest.approx(2 * base["prefix"].operations)
     assert "quantise" not in times(quantises=False)
+    assert "learning rates" not in times(measured_rates=0)
+    one, both = (times(measured_rates=n)["learning rates"] for n in (1, 2))
+    assert one.operations < both.operations < 2 * one.operations  # the head's line passes the layers once
+    assert one.seconds < both.seconds
     assert "prefix" not in times(start=0)
     uncached = times(cached=False)
     assert "prefix" not in uncached

@@ -121,7 +121,8 @@ def test_metrics(world: World) -> None:
         assert e["turnover"] == e["dropped"] / e["active"]
     # A save due at 3 waits for the reselection at 4; one at 6 falls into no window.
     assert [e["step"] for e in events(folder, "save")] == [0, 4, 6, 9, 12]
-    assert {"load", "frozen prefix", "evaluate", "importance", "learning rates", "train"} <= {e["name"] for e in events(folder, "phase")}
+    phases = {"load", "frozen prefix", "evaluate", "importance", "learning rates", "train"}
+    assert phases <= {e["name"] for e in events(folder, "phase")}
     assert {e["event"] for e in events(folder)} <= {
         "step",
         "eval",

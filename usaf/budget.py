@@ -97,6 +97,7 @@ class Work:
     spilled: frozenset[str] = frozenset()
     quantises: bool = False  # the 4-bit file is made in this process
     on_device: bool = False  # products run on a GPU, whose memory counts apart
+    measured_rates: int = 0  # of LR_PEAK and HEAD_LR (`learning_rate`); needs less memory than a step
     projections: str = "down"
     different_targets: int | None = None  # of the training text (`Rows`); None before it is read: the whole vocabulary
 
@@ -164,6 +165,7 @@ def work_of(
         prefix_chunk_tokens=values.prefix_chunk_tokens, head_chunk_tokens=values.head_chunk_tokens,
         keep_checkpoints=values.keep_checkpoints, threads=threads,
         resident=values.use_resident == "1", projections=values.projections,
+        measured_rates=(values.lr_peak is None) + (values.head_lr is None and values.train_head),
     )  # fmt: skip
     return Work(**{**known, **more})  # type: ignore[arg-type]
 

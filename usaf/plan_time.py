@@ -39,6 +39,7 @@ from usaf.experts import attach_banks, experts_forward, is_experts_module
 from usaf.importance import for_each_part, grow_candidates, part_gradient, score_bank
 from usaf.kernels.decode import decode_expert
 from usaf.kernels.scan import at_least
+from usaf.learning_rate import ENOUGH_TARGETS, LEAST_SEQUENCES
 from usaf.linear import FrozenLinear
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.optimizer import Adam
@@ -52,6 +53,7 @@ HEAD_BLOCKS, HEAD_ROWS = 2, (16, 256)  # of a head: blocks a thread
 LONG_SECONDS = 0.3
 ATTENTION_HEADS, ATTENTION_WIDTH = 8, 128
 FILE_BYTES = 256 << 20
+LINE_POINTS = 5  # losses that it takes to find where one turns, about; that at its beginning among them
 FORWARD_PASSES, TRAINING_PASSES = 1, 3  # products of a weight and its tokens: forward; and gradients of both
 
 
@@ -504,7 +506,8 @@ def time_plan(
     """Seconds of each phase, in the order of a run."""
     return [
         *quantise_time(shape, rates, work), *prefix_time(shape, rates, work), importance_time(shape, rates, work),
-        step_time(shape, rates, work, steps), *reselect_time(shape, rates, work, reselections),
+        *learning_rates_time(shape, rates, work), step_time(shape, rates, work, steps),
+        *reselect_time(shape, rates, work, reselections),
         evaluate_time(shape, rates, work, evaluations), save_time(shape, rates, work, saves),
     ]  # fmt: skip
 
@@ -558,6 +561,24 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
         seconds += rates.head.blocks * (tokens / chunk * rates.head.dense.at(chunk) + 3 * rates.head.selection)
         operations += 2 * 2 * tokens * shape.head_weights  # logits again, and their product with the inputs
     return PhaseTime("importance", seconds, operations=operations)
+
+
+def learning_rates_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
+    """Forward passes alone; of the head's line one through the layers."""
+    if not work.measured_rates:
+        return []
+    rows = min(max(LEAST_SEQUENCES, -(-ENOUGH_TARGETS // work.train_row)), max(LEAST_SEQUENCES, work.importance_rows))
+    one = _Pass(shape, rates, work.train_row)
+    one.prefix(work, work.step_tokens, work.train_tokens)
+    for layer in shape.layers[work.start :]:
+        one.layer(layer, work.step_tokens, training=False)
+    of_head = _Pass(shape, rates, work.train_row)
+    of_head.head(work.step_tokens, work.head_chunk_tokens, gradient=False)
+    passes = LINE_POINTS + (work.measured_rates - 1), LINE_POINTS * work.measured_rates
+    parts = rows / work.microbatch
+    seconds = parts * (passes[0] * one.seconds + passes[1] * of_head.seconds)
+    operations = parts * (passes[0] * one.operations + passes[1] * of_head.operations)
+    return [PhaseTime("learning rates", seconds, operations=operations)]
 
 
 def scored_weights(experts: Experts, counts: tuple[int, int]) -> int:

@@ -213,7 +213,7 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-floor-0": usaf("cosine to 0", LR_FLOOR=0, **FULL_HEAD),
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
     "usaf-head-half": usaf("the head at half the rate", **HALF_HEAD),
-    # kept for runs of before rates were measured, and of before `Rows.different_targets`; run anew they are usaf-default
+    # kept for runs of before rates were measured, or `Rows.different_targets` was; run anew they are usaf-default
     "usaf-by-width-default": usaf("at rates by width and FRAC: the default of before", guess=0.0, ROUTER_LR="5e-5"),
     "usaf-head-half-default": usaf("the same, the head at half the rate", guess=0.0, ROUTER_LR="5e-5"),
     "usaf-head-by-size-default": usaf("the same, the head's share of FRAC by its size", guess=0.0, ROUTER_LR="5e-5"),
