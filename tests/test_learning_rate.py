@@ -24,6 +24,7 @@ from usaf.learning_rate import (
     Line,
     fresh_rows,
     measure_learning_rates,
+    rate_by_width,
     turning_point,
 )
 from usaf.loss import count_targets
@@ -230,3 +231,8 @@ def test_a_gradient_that_leads_nowhere_leaves_the_rule_of_widths(
     rates, turns = measured(tmp_path / "a")
     assert turns["lr_peak"].at is turns["head_lr"].at is None
     assert rates == {"lr_peak": 0.031, "head_lr": 0.0078}
+
+
+@pytest.mark.parametrize(("frac", "rate"), [(0.005, 1e-3), (0.02, 1e-3), (0.08, 5e-4)])
+def test_the_rate_by_width_falls_with_the_root_of_the_density(frac: float, rate: float) -> None:
+    assert rate_by_width(2000, frac) == pytest.approx(rate)

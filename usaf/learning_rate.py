@@ -5,11 +5,11 @@ gradient by one and the same amount t, as Adam would move them, and the loss is 
 choosing them. It falls, turns, and rises. Where it turns tells what no rule of widths can see: how many layers and
 weights move together, how large a model's activations are, how near to a minimum it already is.
 
-    experts    LR_PEAK = sqrt(2 / hidden size * turn), and no more than 2 * turn
+    experts    LR_PEAK = sqrt(by width * turn), and no more than 2 * turn
     head       HEAD_LR = turn / 4
 
-The rule of widths, 2 / hidden size, and the turn are two estimates with errors of their own, which is why LR_PEAK is
-their mean (docs/decisions.md has the sweeps of three models).
+By width: 2 / hidden size, which falls with the root of FRAC above 2%. It and the turn are two estimates with errors of
+their own, which is why LR_PEAK is their mean (docs/decisions.md has the sweeps of three models).
 
 Left out: norms, whose loss hardly turns, and which have LR_PEAK up to `optimizer.LARGEST_NORM_RATE`; routers.
 """
@@ -33,8 +33,8 @@ from usaf.settings import Settings
 from usaf.sparse_weights import SparseWeights
 from usaf.workspace import PRIVATE, Memory
 
-RATE_TIMES_WIDTH = 2.0
-"""LR_PEAK by width alone, times the hidden size."""
+RATE_TIMES_WIDTH, RATE_DENSITY = 2.0, 0.02
+"""LR_PEAK by width alone, times the hidden size, up to this density; above, it falls with the square root."""
 MOST_TURNS = 2.0
 """LR_PEAK at most, in turns."""
 HEAD_TURNS = 0.25
@@ -44,6 +44,12 @@ LEAST_SEQUENCES, ENOUGH_TARGETS = 8, 4096
 """Sequences along the line: so many, and more until they have so many targets, but no more than chose the weights."""
 MOST_POINTS = 12
 """Places along a line at which the loss is taken."""
+
+
+def rate_by_width(hidden_size: int, frac: float) -> float:
+    """The wider a layer and the denser what trains, the more weights move together in each of its sums, and the less
+    each may."""
+    return RATE_TIMES_WIDTH / hidden_size * min(1.0, math.sqrt(RATE_DENSITY / frac))
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def measure_learning_rates(
 
     `progress` is called after each point of a line. `memory`: where the head's inputs lie meanwhile.
     """
-    by_width = RATE_TIMES_WIDTH / model.moe_from(states.start)[0].banks[0].part_columns
+    by_width = rate_by_width(model.moe_from(states.start)[0].banks[0].part_columns, settings.frac)
     line = Line(
         model, states, rows, fresh_rows(order, rows, found.sequences), settings.microbatch, settings.head_chunk_tokens,
         found.gradients, memory,
