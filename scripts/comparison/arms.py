@@ -529,8 +529,11 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         load(fresh)
         apply_delta(fresh, load_delta(path), path)
         reloaded, _ = judged_by_product(bed, fresh)
+    values = trainer.settings
+    head = "" if values.head_lr is None else f", HEAD_LR {values.head_lr:g}"
     return {
-        **figures, "start": start, "nll": nll, "reloaded": reloaded, "routing": routing_figures(loads, after),
+        **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}",
+        "start": start, "nll": nll, "reloaded": reloaded, "routing": routing_figures(loads, after),
         "artifact_bytes": size, "peak_private_bytes": peak.bytes, "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
 
