@@ -51,6 +51,7 @@ GRID = (1, 2, 5)
 MOST_RATES = 7
 DEMO_SETTINGS = {"ROUTER_LR": "2e-4"}  # as `usaf.demo` has it
 SWEEP_SEED = 0
+SWEPT = ("usaf", "usaf-head-half")  # with the head's rate measured, and as part of the experts'
 UNTRAINED = "none"
 
 
@@ -295,7 +296,7 @@ def question() -> Question:
     baselines = ("now", "usaf", "usaf-head-1", "usaf-experts", "lab")  # an arm has the longest that begins its name
     of = {a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY}
     ablations = [Ablation(f"one thing changed of {b}", b, [a for a in EVERY if of[a] == b]) for b in baselines]
-    return Question("Methods compared", "usaf-default", "full", rivals, list(EVERY), ablations, "usaf")
+    return Question("Methods compared", "usaf-default", "full", rivals, list(EVERY), ablations, SWEPT)
 
 
 def compare_command(arguments: argparse.Namespace) -> int:

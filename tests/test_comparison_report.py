@@ -339,7 +339,7 @@ def test_gain_beyond_the_peers_sweep(make: Any) -> None:
     )  # more gain, no more forgetting
     swept = {"lora": arm_of(make, "lora", **lora), "ours": arm_of(make, "ours", test=[2.7], forgetting=[0.25])}
     ours = choose([make("fixed", None, test=2.7, forgetting=0.25, start=None)])
-    for sweep, status in (("", UNDECIDED), ("ours", REACHED)):  # of an arm with one rate, another one's sweep
+    for sweep, status in (((), UNDECIDED), (("not run", "ours"), REACHED)):  # of an arm with one rate, another's sweep
         found = verdicts({**swept, "fixed": ours}, "fixed", "full", ["lora"], sweep)
         assert overall(found, "forgetting") == status
     assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts

@@ -61,8 +61,9 @@ class Ablation:
 class Question:
     """What a report is to say.
 
-    ours: the arm that the targets are for; swept: the one whose sweep is ours, where that has one rate; full: full
-    fine-tuning; peers: those to beat, None for the family "peft"; arms: the order of the tables, others after them.
+    ours: the arm that the targets are for; swept: the first of these that was run is our sweep, where that has one
+    rate; full: full fine-tuning; peers: those to beat, None for the family "peft"; arms: the order of the tables,
+    others after them.
     """
 
     title: str = "Comparison of methods"
@@ -71,7 +72,7 @@ class Question:
     peers: Sequence[str] | None = None
     arms: Sequence[str] = ()
     ablations: Sequence[Ablation] = ()
-    swept: str = ""
+    swept: Sequence[str] = ()
 
     def rivals(self, arms: Mapping[str, ArmResult]) -> list[str]:
         """Of one configuration."""

@@ -47,14 +47,14 @@ class Verdict:
 
 
 def verdicts(
-    arms: Mapping[str, ArmResult], ours: str, full: str, peers: Sequence[str], swept: str = ""
+    arms: Mapping[str, ArmResult], ours: str, full: str, peers: Sequence[str], swept: Sequence[str] = ()
 ) -> list[Verdict]:  # fmt: skip
-    """Of one configuration; none where our arm was not run. swept: the arm whose sweep is ours, where our arm has one
-    rate."""
+    """Of one configuration; none where our arm was not run. swept: the first of these that was run is our sweep, where
+    our arm has one rate."""
     if ours not in arms:
         return []
     our, rivals = arms[ours], [arms[peer] for peer in peers if peer in arms]
-    sweep = arms.get(swept, our).sweep
+    sweep = next((arms[name] for name in swept if name in arms), our).sweep
     if our.best is None:
         return [Verdict(target, NOT_REACHED, f"{ours} diverged at every rate.") for target in TARGETS]
     found = [
