@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# scripts/compare_methods.py on a third model and other data, with nothing chosen for them: a small OLMoE that read
+# scripts/compare_methods.py on a third model and other data: a small OLMoE that read
 # English manual pages learns the German ones.
 #
 #     scripts/compare_manpages.sh --folder runs/manpages            # Debian, Ubuntu; needs pip install -e ".[bench]"

@@ -255,7 +255,7 @@ class Settings:
         None,
         _real("above 0 and at most 1", lambda value: 0 < value <= 1),
         "peak learning rate of the output layer's deltas, where TRAIN_HEAD trains it",
-        unset="measured likewise",
+        unset="measured, as LR_PEAK is",
     )
     router_lr: float = _setting(
         5e-5,
