@@ -1,10 +1,10 @@
-"""A third model and other data, for `scripts/compare_manpages.sh`: a small OLMoE that read English manual pages, and
-the German ones for it to learn.
+"""A third model and other data, for `scripts/compare_packages.sh manpages`: a small OLMoE that read English manual
+pages, and the German ones for it to learn.
 
-    python scripts/pretrain_manpages.py --pages PACKAGES --output data/manpages       # about 40 minutes on one core
+    python scripts/pretrain_manpages.py --packages PACKAGES --output data/manpages    # about 40 minutes on one core
 
-`--pages` holds Debian's packages unpacked, each in a folder of its name. Writes below `--output`: `moe`, a checkpoint,
-and
+`--packages` holds Debian's packages unpacked, each in a folder of its name. Writes below `--output`: `moe`, a
+checkpoint, and
 
     train.jsonl         German pages of programs
     systemd.jsonl       German pages of systemd, all of whose pages are held out
@@ -65,12 +65,12 @@ def write(path: Path, texts: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pages", type=Path, required=True)
+    parser.add_argument("--packages", type=Path, required=True)
     args = arguments(parser, Path("data/manpages"))
-    english = list(pages(args.pages, ENGLISH).values())
+    english = list(pages(args.packages, ENGLISH).values())
     held_out = english[::HELD_OUT_EVERY]
     learned = [text for i, text in enumerate(english) if i % HELD_OUT_EVERY]
-    german = pages(args.pages, GERMAN, "de")
+    german = pages(args.packages, GERMAN, "de")
     of_systemd = {name for name, text in german.items() if "systemd" in text.partition("\n")[0]}
     of_c_library = {name for name in german if name.split("/")[1] in ("man2", "man3")} - of_systemd
     args.output.mkdir(parents=True, exist_ok=True)
