@@ -10,6 +10,7 @@ it, on sequences of random token ids (`make_fullsize.write_data`):
 
     prefix       `BoundaryStates.fill` over --prefix-tokens, once; the states go to the disk as in a run
     importance   `find_important` over --importance-samples sequences, once
+    rates        `measure_learning_rates` with what importance found, once
     step         `Trainer.train_step`, the median of --steps after one that is not counted
     capture      the median of the CAPTURE_STEPS steps before a reselection, which keep what it needs
     reselection  `Trainer.reselect_if_due`, once
@@ -50,11 +51,12 @@ from usaf.files import require_writable
 
 if TYPE_CHECKING:
     from usaf.data import Rows
+    from usaf.importance import Importance
     from usaf.prefix import BoundaryStates
     from usaf.session import Session
     from usaf.trainer import Trainer
 
-PHASES = ("prefix", "importance", "step", "reselection", "evaluation")
+PHASES = ("prefix", "importance", "rates", "step", "reselection", "evaluation")
 PRODUCT_ROWS = (512, 256, 64)
 WARM_UP_STEPS = 1
 EVALUATIONS = 3
@@ -116,6 +118,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     unknown = [name for name in arguments.phases if name not in PHASES]
     if unknown:
         raise UserError(f"--phases {unknown[0]}: is none of {', '.join(PHASES)}")
+    if "rates" in arguments.phases and "importance" not in arguments.phases:
+        raise UserError("--phases rates: moves the weights that importance has chosen; add importance")
     wrong = [setting for setting in arguments.settings if "=" not in setting]
     if wrong:
         raise UserError(f"{wrong[0]}: settings are given as NAME=VALUE, such as USE_RESIDENT=0")
@@ -166,7 +170,8 @@ class Bench:
         window = int(said) if said.isdigit() else Settings().capture_steps
         capture = window if "reselection" in given.phases else 0
         steps = WARM_UP_STEPS + given.steps + capture
-        rows = max(steps * given.microbatch, given.importance_samples if "importance" in given.phases else 1)
+        samples = given.importance_samples if "importance" in given.phases else 1
+        rows = max(steps * given.microbatch, 2 * samples if "rates" in given.phases else samples)
         sets = {
             "train": int(rows / (1 - SHARE_HELD_BACK)) + 2,
             "prefix": -(-given.prefix_tokens // given.seq_len),
@@ -183,7 +188,7 @@ class Bench:
             "CPU_THREADS": given.threads, "RESELECT_EVERY": steps if capture else 0, "RESELECT_UNTIL": 1,
             # As if the reselection came after a quarter of the run, which decides how much it exchanges.
             "STEPS": 4 * steps if capture else steps,
-            "LR_PEAK": 1e-3, "HEAD_LR": 1e-4,  # any: rates cost no time
+            "LR_PEAK": 1e-3, "HEAD_LR": 1e-4,  # any: rates that are set cost no time
         }  # fmt: skip
         return load_settings([], {**{k: str(v) for k, v in environ.items() if v is not None}, **further}, {})
 
@@ -289,7 +294,9 @@ class Bench:
             self.fill("states", evaluation)
         trainer = self.trainer(train)
         if "importance" in wanted:
-            self.importance(train, trainer)
+            found = self.importance(train, trainer)
+            if "rates" in wanted:
+                self.rates(train, found)
         else:
             self.activate_any(trainer)
         if "step" in wanted or "reselection" in wanted:
@@ -325,7 +332,7 @@ class Bench:
         rows = (row for index in range(count) for row in order.micro_batch(index))
         return list(dict.fromkeys(rows))[:count]
 
-    def importance(self, states: BoundaryStates, trainer: Trainer) -> None:
+    def importance(self, states: BoundaryStates, trainer: Trainer) -> Importance:
         from usaf.importance import find_important, sample_chunks
 
         session, samples, rows = self.session, self.samples(), self.session.data.train
@@ -339,6 +346,31 @@ class Bench:
         lengths = self.lengths(rows, samples)
         work = self.work.importance(lengths, self.start, self.values.projections, self.head_trains())
         self.add("importance", f"{self.trained()}, {len(samples)} sequences", 1, seen.seconds, sum(lengths), work, seen)
+        return found
+
+    def rates(self, states: BoundaryStates, found: Importance) -> None:
+        """Both lines, as in a run that has neither rate set; the steps that follow keep theirs."""
+        from dataclasses import replace
+
+        from usaf.learning_rate import fresh_rows, measure_learning_rates
+
+        session, rows = self.session, self.session.data.train
+        assert session.order is not None
+        unset = replace(self.values, lr_peak=None, head_lr=None)
+        with phase("rates", 0, "point") as bar, self.watch() as seen:
+            _, turns = measure_learning_rates(unset, session.model, states, rows, session.order, found, bar.update)
+        lengths = self.lengths(rows, fresh_rows(session.order, rows, found.sequences))
+        points = {name: 1 + turn.points for name, turn in turns.items()}  # and where the line begins
+        through = points["lr_peak"] * lengths
+        work = self.forward_from_start(through, head=True)
+        if "head_lr" in points:  # whose line goes through the layers once
+            work += self.forward_from_start(lengths) + self.work.forward(points["head_lr"] * lengths, (0, 0), head=True)
+            through = through + lengths
+        what = f"{self.trained()}, {' and '.join(map(str, points.values()))} points of {len(lengths)} sequences"
+        self.add("rates", what, 1, seen.seconds, sum(through), work, seen)
+
+    def forward_from_start(self, lengths: list[int], head: bool = False) -> Work:
+        return self.work.forward(lengths, (self.start, self.session.model.num_layers), head=head)
 
     def activate_any(self, trainer: Trainer) -> None:
         """Evenly spread active weights, where importance is not measured."""
@@ -404,14 +436,14 @@ class Bench:
         from usaf.evaluation import evaluate
 
         lengths = self.lengths(states.rows, range(len(states.rows)))
-        model, layers = self.session.model, self.session.model.num_layers
+        model = self.session.model
         with phase("evaluation", EVALUATIONS * sum(lengths), "tok") as bar, self.watch() as seen:
             seconds = benchmark.timed(
                 lambda: evaluate(model, states, "evaluation", self.values.head_chunk_tokens, bar.update),
                 EVALUATIONS, self.session.backend.synchronize,
             )  # fmt: skip
         self.add("evaluation", f"{self.trained()}, {len(lengths)} sequences, cached states", EVALUATIONS, seconds,
-                 sum(lengths), self.work.forward(lengths, (self.start, layers), head=True), seen)  # fmt: skip
+                 sum(lengths), self.forward_from_start(lengths, head=True), seen)  # fmt: skip
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -445,7 +477,7 @@ class Bench:
             found["importance_seconds_per_sequence"] = importance.seconds / len(self.samples())
         if importance is not None and step is not None:
             found["importance_share_of_training_time"] = step.tokens_per_second() / importance.tokens_per_second()
-        for name in ("capture", "reselection"):
+        for name in ("rates", "capture", "reselection"):
             if name in by_phase and step is not None:
                 found[f"{name}_share_of_a_step"] = by_phase[name].seconds / step.seconds
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import make_fullsize
 
 from usaf.data import Rows
 from usaf.importance import trained_counts
+from usaf.learning_rate import Line
 
 SCRIPT = Path(bench_fullsize.__file__)
 QUICK = ["--seq-len", "16", "--steps", "2", "--prefix-tokens", "64", "--importance-samples", "4",
@@ -41,17 +43,35 @@ def bench(folder: Path, figures: Path, *flags: str) -> dict[str, Any]:
     return read_json(figures)
 
 
+def count_points(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each line's loss is taken, its beginning included."""
+    points = {"loss_with_experts": 0, "loss_with_head": 0}
+    for name in points:
+        monkeypatch.setattr(Line, name, counted(getattr(Line, name), points))
+    return points
+
+
+def counted(loss: Callable[[Line, float], float], points: dict[str, int]) -> Callable[[Line, float], float]:
+    def take(line: Line, t: float) -> float:
+        points[loss.__name__] += 1
+        return loss(line, t)
+
+    return take
+
+
 def test_every_phase_with_its_count(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Rows] = []
     count = Rows.different_targets
     monkeypatch.setattr(Rows, "different_targets", lambda rows: seen.append(rows) or count(rows))
+    points = count_points(monkeypatch)
     found = bench(folder, tmp_path / "figures.json", "--train-from", "2", "--scratch", str(tmp_path))
     phases = {figure["phase"]: figure for figure in found["phases"]}
-    assert list(phases) == ["prefix", "importance", "step", "capture", "reselection", "evaluation"]
-    assert [phases[name]["runs"] for name in phases] == [1, 1, 2, 4, 1, 3]
-    assert [phases[name]["tokens"] for name in phases] == [64, 64, 32, 32, 128, 48]
+    assert list(phases) == ["prefix", "importance", "rates", "step", "capture", "reselection", "evaluation"]
+    assert [phases[name]["runs"] for name in phases] == [1, 1, 1, 2, 4, 1, 3]
+    through = 8 * (points["loss_with_experts"] + 1)  # sequences; once more for the head's line
+    assert [phases[name]["tokens"] for name in phases] == [64, 64, 16 * through, 32, 32, 128, 48]
     text = seen[0]
     assert 10 < count(text) < 128
     work = benchmark.model_work(tiny_config("qwen3_moe"))
@@ -59,15 +79,17 @@ def test_every_phase_with_its_count(
     layer, of_model = (8 * 96 * 64, 8 * 64 * 48), 128 * 64
     counts, of_head = trained_counts(64 * min(2 * count(text), 128), [layer, layer], frac, "down")
     densities = sum(map(sum, counts)) / (2 * sum(layer)), of_head / of_model
-    counted = {
+    heads = [16] * 8 * sum(points.values())
+    expected = {
         "prefix": work.forward([16] * 4, (0, 2)), "importance": work.importance([16] * 4, 2, "down"),
+        "rates": work.forward([16] * through, (2, 4)) + work.forward(heads, (0, 0), head=True),
         "step": work.step(two, 2, *densities), "capture": work.step(two, 2, *densities),
         "reselection": work.dense_gradients([16] * 8, 2, "down"),
         "evaluation": work.forward([16] * 3, (2, 4), head=True),
     }  # fmt: skip
     rate = sum(found["product_gflop_per_second"][when]["512"] for when in ("before", "after")) / 2
     for name, figure in phases.items():
-        assert figure["total_gflop"] * 1e9 == pytest.approx(counted[name].total)
+        assert figure["total_gflop"] * 1e9 == pytest.approx(expected[name].total)
         assert figure["tokens_per_second"] == pytest.approx(figure["tokens"] / figure["seconds"])
         assert figure["share_of_product_rate"] == pytest.approx(figure["total_gflop"] / figure["seconds"] / rate)
         assert figure["peak_resident_bytes"] >= figure["peak_private_bytes"] > 1e6
@@ -128,6 +150,7 @@ def test_without_frozen_layers(folder: Path, tmp_path: Path) -> None:
     [
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--phases", "prefix,train"], "--phases train: is none of prefix, importance"),
+        (["--phases", "rates,step"], "--phases rates: moves the weights that importance has chosen; add importance"),
         (["--train-from", "3", "--prefix-layers", "4"], "--prefix-layers 4: layers from 3 train; choose at most 3"),
         (["--train-from", "0", "--phases", "prefix"], "--train-from 0: there are no frozen layers"),
         (["--train-from", "9"], "TRAIN_FROM=9: the model has 4 layers"),
