@@ -10,8 +10,8 @@ Every arm's learning rate is swept on the validation split: three rates of the g
 further ones for as long as the best is the first or the last of them. Then the best rate is run with further seeds. One
 JSON file a finished run; a command that was interrupted goes on where it stopped, and parts (`--arms`, `--part`) add up
 in one folder. A report's runs.csv has all that the files have, so `--part restore` makes them again somewhere else, and
-what is run there adds to them. `comparison.arms` has the arms, `comparison.bed` what they share, `comparison.report`
-the tables.
+what is run there adds to them. `comparison.arms` has the arms, `comparison.methods` runs one, `comparison.bed` has what
+they share, `comparison.report` the tables.
 
 Left out: GPUs; rates, epochs or batch sizes of more than one kind; dropout; weight decay.
 """
@@ -218,7 +218,7 @@ def apart(sender: Connection, log: Path, bed: Bed, run: Run, further: dict[str, 
     import torch
 
     torch.set_num_threads(bed.threads)
-    from comparison.arms import run_arm
+    from comparison.methods import run_arm
 
     try:
         found: dict[str, Any] | UserError = run_arm(bed, run.arm, run.rate, run.seed, further)

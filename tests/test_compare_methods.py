@@ -15,9 +15,10 @@ from runs import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from compare_methods import Run, finished, main, on_grid, wanted_runs
-from comparison import arms as arms_module
-from comparison.arms import ABLATIONS, ARMS, EVERY, Arm, adapter_targets, budget_of, run_arm
+from comparison.adapters import adapter_targets, budget_of
+from comparison.arms import ABLATIONS, ARMS, EVERY, Arm
 from comparison.bed import Bed, dense_model, evaluate_dense
+from comparison.methods import run_arm
 
 SETTINGS = {
     "ROUTER_LR": "1e-3", "IMPORTANCE_SAMPLES": "8", "RESELECT_EVERY": "4", "CAPTURE_STEPS": "2",
@@ -219,4 +220,4 @@ def test_the_command_runs_resumes_and_says_what_is_wrong(
 
 def test_arm_names_are_unique() -> None:
     assert not ARMS.keys() & ABLATIONS.keys()
-    assert arms_module.EVERY.keys() >= ARMS.keys() | ABLATIONS.keys()
+    assert EVERY.keys() >= ARMS.keys() | ABLATIONS.keys()
