@@ -404,6 +404,21 @@ def test_ablation_rows(make: Any) -> None:
     assert len(shown.splitlines()) == 3
 
 
+def test_ablation_of_one_rate_is_beside_the_baseline_at_that_rate(make: Any) -> None:
+    sweep = {1e-3: (3.0, 2.9), 2e-3: (2.9, 2.6), 4e-3: (3.1, 3.0)}
+    base = choose([make("ours", rate, validation=v, test=t) for rate, (v, t) in sweep.items()])
+    assert base.at(1e-3).seeds == (base.sweep[0],)
+    assert base.at(2e-3) is base
+    assert base.at(8e-3) is base  # not in the sweep
+    only, swept, elsewhere = (
+        choose([make(arm, rate, test=2.8) for rate in rates])
+        for arm, rates in (("only", [1e-3]), ("swept", [1e-3, 2e-3]), ("elsewhere", [8e-3]))
+    )
+    assert [tables.ablation_row(arm, base)[2] for arm in (only, swept, elsewhere)] == ["-0.1000", "+0.2000", "+0.2000"]
+    diverged = choose([make("bad", 1e-3, diverged=True, nll=None), make("bad", 2e-3)])
+    assert diverged.at(1e-3) is diverged
+
+
 def test_markdown_escapes_bars() -> None:
     assert tables.markdown(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"
 

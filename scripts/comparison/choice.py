@@ -17,7 +17,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -67,6 +67,13 @@ class ArmResult:
     @property
     def rate(self) -> float | None:
         return self.best.rate if self.best is not None else None
+
+    def at(self, rate: float | None) -> ArmResult:
+        """As if the sweep had chosen `rate`; itself where the sweep does not have it, or diverged there."""
+        if rate == self.rate:
+            return self
+        run = next((run for run in self.sweep if run.rate == rate and not run.failed), None)
+        return self if run is None else replace(self, best=run, seeds=(run,))
 
     @property
     def finished(self) -> tuple[Run, ...]:

@@ -44,6 +44,7 @@ texts have no say in it.
   it starts; the least, where several rates give the same gain. Where it never reaches that gain, the two sweeps are
   compared at the highest that it reaches.
 - *reload* is the largest |NLL after saving and loading - NLL after training| over all texts and seeds.
+- *Ablations* are compared each at its best rate, and one that ran at a single rate with its baseline at that rate.
 - *load moved* is the mean total variation between the experts' loads before and after, *entropy* the routing's, against
   *before*. Times of runs that shared the machine (*jobs* above 1) are comparable only at the same number of jobs."""
 

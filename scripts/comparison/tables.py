@@ -144,8 +144,8 @@ def sweep_row(run: Run, chosen: bool) -> list[str]:
 
 
 def ablation_table(arms: Mapping[str, ArmResult], baseline: str, others: Sequence[str]) -> str:
-    """Each arm's figures less the baseline's, each at its own best rate: below 0 the arm is better. Arms that were not
-    run are left out; baseline: has been run."""
+    """Each arm's figures less the baseline's, each at its own best rate, or both at the only one that the arm ran at:
+    below 0 the arm is better. Arms that were not run are left out; baseline: has been run."""
     header = [f"against {baseline}", "rate", "test NLL", "held-out NLL", "forgetting", "seeds"]
     own = arms[baseline]
     rows = [ablation_row(arms[arm], own) for arm in others if arm in arms and arm != baseline]
@@ -153,6 +153,8 @@ def ablation_table(arms: Mapping[str, ArmResult], baseline: str, others: Sequenc
 
 
 def ablation_row(arm: ArmResult, baseline: ArmResult) -> list[str]:
+    if len(arm.sweep) == 1:
+        baseline = baseline.at(arm.rate)
     test = difference(arm, baseline, lambda run: run.test)
     others = [difference(arm, baseline, figure) for figure in (lambda run: run.held_out, lambda run: run.forgetting)]
     seeds = NONE if test is None else f"{test.n} paired" if test.paired else f"{test.n} unpaired"
