@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -328,9 +328,7 @@ class Bench:
         """The rows that importance sees, as in a run: the first of the order."""
         order = self.session.order
         assert order is not None
-        count = min(self.values.importance_samples, len(self.session.data.train))
-        rows = (row for index in range(count) for row in order.micro_batch(index))
-        return list(dict.fromkeys(rows))[:count]
+        return order.first_rows(min(self.values.importance_samples, len(self.session.data.train)))
 
     def importance(self, states: BoundaryStates, trainer: Trainer) -> Importance:
         from usaf.importance import find_important, sample_chunks
@@ -350,8 +348,6 @@ class Bench:
 
     def rates(self, states: BoundaryStates, found: Importance) -> None:
         """Both lines, as in a run that has neither rate set; the steps that follow keep theirs."""
-        from dataclasses import replace
-
         from usaf.learning_rate import fresh_rows, measure_learning_rates
 
         session, rows = self.session, self.session.data.train

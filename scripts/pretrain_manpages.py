@@ -18,9 +18,10 @@ import argparse
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import OlmoeConfig
+from transformers import OlmoeConfig, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from pretrain_demo import arguments, pretrain, train_tokenizer
@@ -63,13 +64,24 @@ def write(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
 
 
+def pretrain_and_hold_out(
+    texts: list[str], held_out_name: str, vocab_size: int, config: Callable[[int], PretrainedConfig],
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Writes `moe`, pretrained on all but one in `HELD_OUT_EVERY` of the texts, and these, below `args.output`. config:
+    from the id of the end-of-text token."""
+    held_out = texts[::HELD_OUT_EVERY]
+    learned = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY]
+    write(args.output / f"{held_out_name}.jsonl", held_out)
+    args.output /= "moe"
+    tokenizer = train_tokenizer(learned, vocab_size)
+    pretrain(config(tokenizer.eos_token_id), tokenizer, learned, held_out, args)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, required=True)
     args = arguments(parser, Path("data/manpages"))
-    english = list(pages(args.packages, ENGLISH).values())
-    held_out = english[::HELD_OUT_EVERY]
-    learned = [text for i, text in enumerate(english) if i % HELD_OUT_EVERY]
     german = pages(args.packages, GERMAN, "de")
     of_systemd = {name for name, text in german.items() if "systemd" in text.partition("\n")[0]}
     of_c_library = {name for name in german if name.split("/")[1] in ("man2", "man3")} - of_systemd
@@ -77,10 +89,8 @@ def main() -> None:
     write(args.output / "train.jsonl", [t for n, t in german.items() if n not in of_systemd | of_c_library])
     write(args.output / "systemd.jsonl", [german[name] for name in sorted(of_systemd)])
     write(args.output / "c_library.jsonl", [german[name] for name in sorted(of_c_library)])
-    write(args.output / "english.jsonl", held_out)
-    args.output /= "moe"
-    tokenizer = train_tokenizer(learned, VOCAB_SIZE)
-    pretrain(olmoe_config(tokenizer.eos_token_id), tokenizer, learned, held_out, args)
+    english = list(pages(args.packages, ENGLISH).values())
+    pretrain_and_hold_out(english, "english", VOCAB_SIZE, olmoe_config, args)
 
 
 if __name__ == "__main__":

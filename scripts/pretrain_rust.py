@@ -21,8 +21,8 @@ from pathlib import Path
 from transformers import MixtralConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pretrain_demo import arguments, pretrain, train_tokenizer
-from pretrain_manpages import HELD_OUT_EVERY, LONGEST, write
+from pretrain_demo import arguments
+from pretrain_manpages import LONGEST, pretrain_and_hold_out, write
 
 GO = {
     "train": ("golang-golang-x-tools-dev", "golang-golang-x-net-dev", "golang-github-prometheus-client-golang-dev"),
@@ -59,16 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, required=True)
     args = arguments(parser, Path("data/rust"))
-    rust = sources(sorted(args.packages.glob("librust-*-dev")), ".rs")
-    held_out = rust[::HELD_OUT_EVERY]
-    learned = [text for i, text in enumerate(rust) if i % HELD_OUT_EVERY]
     args.output.mkdir(parents=True, exist_ok=True)
     for name, packages in GO.items():
         write(args.output / f"{name}.jsonl", sources([args.packages / p for p in packages], ".go"))
-    write(args.output / "rust.jsonl", held_out)
-    args.output /= "moe"
-    tokenizer = train_tokenizer(learned, VOCAB_SIZE)
-    pretrain(mixtral_config(tokenizer.eos_token_id), tokenizer, learned, held_out, args)
+    rust = sources(sorted(args.packages.glob("librust-*-dev")), ".rs")
+    pretrain_and_hold_out(rust, "rust", VOCAB_SIZE, mixtral_config, args)
 
 
 if __name__ == "__main__":
