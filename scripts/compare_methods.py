@@ -7,9 +7,10 @@
     python scripts/compare_methods.py --folder runs/gsm8k --model data/smollm2/moe --dataset data/gsm8k/train.jsonl
 
 Every arm's learning rate is swept on the validation split: three rates of the grid 1, 2, 5 a decade around a guess, and
-further ones for as long as the best is the first or the last of them. Then the best rate is run with further seeds. One
-JSON file a finished run; a command that was interrupted goes on where it stopped, and parts (`--arms`, `--part`) add up
-in one folder. A report's runs.csv has all that the files have, so `--part restore` makes them again somewhere else, and
+further ones for as long as the best is the first or the last of them. Then the best rate is run with further seeds, and
+every other that came within NEAR_TIE of it; of these the one with the lowest mean over the seeds is chosen. One JSON
+file a finished run; a command that was interrupted goes on where it stopped, and parts (`--arms`, `--part`) add up in
+one folder. A report's runs.csv has all that the files have, so `--part restore` makes them again somewhere else, and
 what is run there adds to them. `comparison.arms` has the arms, `comparison.methods` runs one, `comparison.bed` has what
 they share, `comparison.report` the tables.
 
@@ -51,6 +52,7 @@ GRID = (1, 2, 5)
 MOST_RATES = 7
 DEMO_SETTINGS = {"ROUTER_LR": "2e-4"}  # as `usaf.demo` has it
 SWEEP_SEED = 0
+NEAR_TIE = 0.04  # nats of validation NLL: what one seed cannot tell apart
 SWEPT = ("usaf", "usaf-head-half")  # with the head's rate measured, and as part of the experts'
 UNTRAINED = "none"
 
@@ -104,7 +106,8 @@ def wanted_runs(
             return [Run(arm, on_grid(best, 1), SWEEP_SEED)]
         if best == ordered[0]:
             return [Run(arm, on_grid(best, -1), SWEEP_SEED)]
-    return [run for run in (Run(arm, best, seed) for seed in range(1, seeds)) if run not in done]
+    contenders = [rate for rate in ordered if swept[rate] <= swept[best] + NEAR_TIE]
+    return [run for seed in range(1, seeds) for run in (Run(arm, rate, seed) for rate in contenders) if run not in done]
 
 
 def finished(arm: str, folder: Path, options: dict[str, Any]) -> dict[Run, float]:

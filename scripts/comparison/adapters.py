@@ -17,14 +17,50 @@ EXPERTS = ("gate_up_proj", "down_proj")
 
 def budget_of(bed: Bed, session: Any) -> int:
     """Weights that USAF trains: FRAC of every expert tensor of the trained layers, and their routers and norms."""
-    config = session.checkpoint.config.get_text_config()
+    return sparse_weights(bed, session) + whole_weights(session)
+
+
+def sparse_weights(bed: Bed, session: Any) -> int:
+    """Those of experts and head that USAF trains."""
     shapes = expert_shapes(session)
+    return sum(max(1, int(math.prod(s) * bed.frac)) for n in trained_blocks(session) for s in shapes[n])
+
+
+def whole_weights(session: Any) -> int:
+    """Those of the routers and norms that USAF trains."""
     blocks = trained_blocks(session)
-    routers = len(blocks) * shapes[blocks[0]][0][0] * config.hidden_size
-    norms = [n for n, w in session.checkpoint.plan.shapes.items() if len(w) == 1 and n.endswith("norm.weight")
+    plan = session.checkpoint.plan.shapes
+    routers = len(blocks) * expert_shapes(session)[blocks[0]][0][0] * text_config(session).hidden_size
+    norms = [n for n, w in plan.items() if len(w) == 1 and n.endswith("norm.weight")
              and (".layers." not in n or int(n.split(".layers.")[1].split(".")[0]) >= session.start)]  # fmt: skip
-    whole = routers + sum(session.checkpoint.plan.shapes[n].numel() for n in norms)
-    return whole + sum(max(1, int(math.prod(s) * bed.frac)) for n in blocks for s in shapes[n])
+    return routers + sum(plan[n].numel() for n in norms)
+
+
+def adapter_weights(bed: Bed, session: Any, options: dict[str, Any]) -> int:
+    """How many weights an arm's adapters may have.
+
+    As many as USAF trains, or as fit into its bytes: 8 for a weight of experts or head, its index among them, 4 for one
+    of routers and norms. Where an arm trains these whole, its adapters get the rest.
+    """
+    sparse, whole = sparse_weights(bed, session), whole_weights(session)
+    if options.get("budget") == "bytes":
+        return (8 * sparse + 4 * whole) // (2 if options.get("bf16") else 4)
+    return sparse + (0 if options.get("whole") else whole)
+
+
+def head_weights(bed: Bed, session: Any) -> int:
+    """Those of the head that USAF trains."""
+    from usaf.importance import head_weights_that_count, trained_counts
+
+    config, shapes = text_config(session), expert_shapes(session)
+    layers = [(math.prod(shapes[n][0]), math.prod(shapes[n][1])) for n in trained_blocks(session)]
+    hidden = config.hidden_size
+    counting = head_weights_that_count(config.vocab_size * hidden, hidden, session.data.train.different_targets())
+    return trained_counts(counting, layers, bed.frac, session.settings.values.projections)[1]
+
+
+def text_config(session: Any) -> Any:
+    return session.checkpoint.config.get_text_config()
 
 
 def expert_shapes(session: Any) -> dict[str, list[tuple[int, int, int]]]:
@@ -48,41 +84,66 @@ def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any
     """(PEFT's configuration for an arm, its ranks in words).
 
     All layers get the same rank, as far as the budget goes, and the upper ones one more, until less than that is left.
-    Where not even rank 1 on the last layer fits, it is that all the same, for an adapter cannot be smaller.
+    Where not even rank 1 on the last layer fits, it is that all the same, for an adapter cannot be smaller. The head is
+    one more layer in that, or (`head_share`) gets USAF's part of the budget and what the layers leave.
     """
+    targets = adapter_targets(session, options["targets"])
+    budget = adapter_weights(bed, session, options)
+    if not options.get("head_share"):
+        rank = options.get("rank") or budget // sum(per_rank for per_rank, _, _ in targets)
+        return lora_config(*shared_ranks(targets, budget, rank, "rank" in options), options)
+    per_rank, (head,), _ = targets.pop()
+    of_head = max(1, min(round(head_weights(bed, session) / per_rank), budget // per_rank))
+    left = budget - of_head * per_rank
+    ranks, words = shared_ranks(targets, left, left // sum(weights for weights, _, _ in targets), False, least=0)
+    weights_of = {name: weights for weights, modules, parameters in targets for name in (modules + parameters)[:1]}
+    left -= sum(weights * ranks.get(name, 0) for name, weights in weights_of.items())
+    of_head += left // per_rank
+    return lora_config({**ranks, head: of_head}, f"{words}, {of_head} on the head", options)
+
+
+def shared_ranks(
+    targets: list[tuple[int, list[str], list[str]]], budget: int, rank: int, given: bool, least: int = 1
+) -> tuple[dict[str, int], str]:
+    """(Module or parameter -> its rank, the same in words): `rank` for all, and where it was not given one more for the
+    upper ones. least: rank of the last one where there is budget for none."""
+    left = 0 if given else budget - rank * sum(per_rank for per_rank, _, _ in targets)
+    more: set[int] = set()  # of the targets, from the top
+    for i in reversed(range(len(targets))):
+        if targets[i][0] > left:
+            break
+        left -= targets[i][0]
+        more.add(i)
+    ranks = [rank + (i in more) for i in range(len(targets))]
+    above = not any(ranks) and least > 0
+    if above:
+        ranks[-1] = least
+    used = sum(map(bool, ranks))
+    words = f"rank {max(1, rank)} on {used} layers" + (f", one more on {len(more)}" if rank and more else "")
+    words += ", above the budget" if above else ""
+    named = zip(targets, ranks, strict=True)
+    return {name: r for (_, modules, names), r in named if r for name in [*modules, *names]}, words
+
+
+def lora_config(ranks: dict[str, int], words: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """PEFT's configuration; ranks: of modules, and of the experts' parameters."""
     from peft import LoraConfig
 
-    targets = adapter_targets(session, options["targets"])
-    budget = budget_of(bed, session)
-    if options.get("budget") == "bytes":  # 8 bytes a weight of ours, 4 of an adapter's
-        budget *= 2
-    rank = options.get("rank") or budget // sum(per_rank for per_rank, _, _ in targets)
-    left = 0 if "rank" in options else budget - rank * sum(per_rank for per_rank, _, _ in targets)
-    more = []  # of the layers, from the top
-    for per_rank, modules, parameters in reversed(targets):
-        if per_rank > left:
-            break
-        left -= per_rank
-        more.append([*modules, *parameters])
-    used = targets if rank else targets[-max(1, len(more)) :]
-    pattern = {name: rank + 1 for names in more for name in names} if rank else {}
-    shared: dict[str, Any] = {
-        "r": max(1, rank), "lora_alpha": 2 * max(1, rank), "lora_dropout": 0.0, "task_type": "CAUSAL_LM",
-        "target_modules": [m for _, modules, _ in used for m in modules], "rank_pattern": pattern,
-        "alpha_pattern": {name: 2 * r for name, r in pattern.items()}, "use_dora": options.get("dora", False),
-    }  # fmt: skip
-    parameters = [p for _, _, names in used for p in names]
-    if parameters:
-        shared["target_parameters"] = parameters
-    words = f"rank {max(1, rank)} on {len(used)} layers" + (f", one more on {len(more)}" if pattern else "")
-    words += "" if rank or more else ", above the budget"
-    return LoraConfig(**shared), words
+    parameters = [name for name in ranks if name.endswith(EXPERTS)]
+    rank = min(ranks.values())
+    pattern = {name: r for name, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, task_type="CAUSAL_LM", rank_pattern=pattern,
+        alpha_pattern={name: 2 * r for name, r in pattern.items()}, use_dora=options.get("dora", False),
+        target_modules=[name for name in ranks if name not in parameters], target_parameters=parameters or None,
+    )  # fmt: skip
+    return config, words
 
 
 def adapter_targets(session: Any, groups: tuple[str, ...]) -> list[tuple[int, list[str], list[str]]]:
     """Of every trained layer, and of the head as one more: (weights of an adapter of rank 1, linear modules, expert
     parameters)."""
-    config, shapes = session.checkpoint.config.get_text_config(), expert_shapes(session)
+    config, shapes = text_config(session), expert_shapes(session)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     wide, narrow = config.num_attention_heads * head, config.num_key_value_heads * head
     found = []

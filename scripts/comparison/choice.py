@@ -1,6 +1,7 @@
 """Each arm's best rate, its figures over seeds, and how two arms are compared.
 
-    rate        of the sweep's seed, the one with the lowest validation NLL; no other figure has a say
+    rate        of the sweep's seed, the one with the lowest validation NLL; where others ran all the seeds that it did,
+                the one with the lowest mean over these. No other figure has a say
     spread      mean and sample standard deviation over all seeds run at that rate
     difference  paired: mean and sample standard deviation of the differences seed by seed, where both arms ran at least
                 two seeds in common; else of the two means, with sqrt(sd1^2 + sd2^2)
@@ -110,10 +111,24 @@ class ArmResult:
 def choose(runs: Sequence[Run]) -> ArmResult:
     """runs: those of one arm in one configuration, at least one."""
     sweep = sorted((run for run in runs if run.seed == sweep_seed(runs)), key=lambda run: run.rate or 0.0)
-    best = min((run for run in sweep if not run.failed), key=lambda run: run.validation, default=None)
+    best = lowest_mean(runs, sweep)
     at_best = [run for run in runs if best is not None and run.rate == best.rate]
     seeds = tuple(sorted(at_best, key=lambda run: run.seed))
     return ArmResult(runs[0].config, runs[0].arm, tuple(sweep), best, seeds)
+
+
+def lowest_mean(runs: Sequence[Run], sweep: Sequence[Run]) -> Run | None:
+    """The run of the sweep at the chosen rate; None where all diverged."""
+    first = min((run for run in sweep if not run.failed), key=lambda run: run.validation, default=None)
+    if first is None:
+        return None
+    seeds = {run.seed for run in runs if run.rate == first.rate and not run.failed}
+
+    def mean(rate: float | None) -> float:
+        found = {run.seed: run.validation for run in runs if run.rate == rate and not run.failed}
+        return statistics.fmean(found[seed] for seed in seeds) if seeds <= found.keys() else math.inf
+
+    return min((run for run in sweep if not run.failed), key=lambda run: mean(run.rate))
 
 
 def sweep_seed(runs: Sequence[Run]) -> int:

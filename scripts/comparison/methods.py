@@ -146,17 +146,17 @@ def experts_moved(changes: dict[str, Any]) -> dict[str, int]:
 def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
     import torch
     from peft import PeftModel, get_peft_model
+    from safetensors.torch import load_file, save_file
 
-    from comparison.dense import Unit, train
+    from comparison.dense import train
 
     assert rate is not None
     session, before = seeded_session(bed, seed, further), held()
     base, in_16_bits = arm.options.get("base", "original"), arm.options.get("bf16", False)
     config, ranks = adapter_config(bed, session, arm.options)
     model: Any = get_peft_model(dense_model(bed, session, base), config)
-    head_rate = arm.options.get("head_rate", 1.0) * rate
-    units = [Unit(n, p, rate=head_rate if "lm_head" in n else None) for n, p in model.named_parameters()
-             if p.requires_grad]  # fmt: skip
+    whole = whole_units(model, session, rate) if arm.options.get("whole") else []
+    units = [*adapter_units(model, whole, rate, arm.options.get("head_rate", 1.0)), *whole]
 
     def work() -> Any:
         trained = train(model, session, units, rate)
@@ -170,6 +170,10 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
             unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
         model.save_pretrained(folder, save_embedding_layers=False)  # a tied head has the base's
         fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)
+        if whole:
+            beside = Path(folder) / "whole.safetensors"
+            save_file({unit.name: unit.parameter.detach().contiguous() for unit in whole}, beside)
+            fresh.load_state_dict(load_file(beside), strict=False)
         figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
         size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     shapes = expert_shapes(session)
@@ -179,6 +183,26 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         "experts": sum(experts.values()), "experts_moved": moved_by_adapter(units, experts),
         "note": f"{arm.about}; {ranks}",
     }  # fmt: skip
+
+
+def adapter_units(model: Any, whole: list[Any], rate: float, head_rate: float) -> list[Any]:
+    """head_rate: the head's part of `rate`; whole: tensors that train beside the adapters."""
+    from comparison.dense import Unit
+
+    others = {unit.name for unit in whole}
+    return [Unit(n, p, rate=head_rate * rate if "lm_head" in n else None) for n, p in model.named_parameters()
+            if p.requires_grad and n not in others]  # fmt: skip
+
+
+def whole_units(model: Any, session: Any, rate: float) -> list[Any]:
+    """Routers and norms of the trained layers, and the last norm, at USAF's rates for them."""
+    from comparison.dense import Unit
+    from comparison.lab import group
+    from usaf.optimizer import LARGEST_NORM_RATE
+
+    values = session.settings.values
+    rates = {"router": values.router_lr, "norms": min(rate, LARGEST_NORM_RATE)}
+    return [Unit(n, p, rate=r) for of, r in rates.items() for n, p in group(model, of, session.start).items()]
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------
