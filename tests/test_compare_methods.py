@@ -99,6 +99,11 @@ def test_the_product_and_masked_dense_weights_train_alike(
         abs(product["trainable_parameters"] - judge["trainable_parameters"]) <= 2 * 4
     )  # the budget's rounding, by layer
     assert product["reloaded"] == product["nll"]  # to the bit
+    assert list(product["loads"]) == trained_blocks(bed.session(0, SETTINGS))
+    assert product["loads"].keys() == judge["loads"].keys()
+    for block, (before, after) in product["loads"].items():
+        assert before == judge["loads"][block][0]  # the same untrained model sends the same tokens
+        assert sum(before) == sum(after) > 0
     assert bool(product["turnover"]) == (name != "usaf-static")
 
 

@@ -22,7 +22,8 @@ from comparison.choice import (
     by_numbers,
     choose,
     difference,
-    forgetting_at_gain,
+    figure_at_gain,
+    forgetting_of,
     gain_share,
     results,
 )
@@ -96,7 +97,8 @@ def test_figures_of_a_run(make: Any) -> None:
     assert run.held_out == pytest.approx(4.25)
     assert run.forgetting == pytest.approx(0.125)
     assert run.reload_difference == 0
-    assert run.at_rate_zero == (0, 0)
+    assert run.untrained is not None
+    assert (run.untrained.gain, run.untrained.forgetting) == (0, 0)
     assert make("ours", 1e-3, reloaded=None).reload_difference is None
     assert make("ours", 1e-3, reloaded={"test": 2.9, "forgetting": 2.5}).reload_difference == pytest.approx(0.25)
     assert math.isnan(make("ours", 1e-3, reloaded={"test": None}).reload_difference)
@@ -165,6 +167,17 @@ def test_validation_alone_chooses(make: Any) -> None:
     others = [make("ours", 1e-3, validation=3.0, test=2.0, held_out=4.0, forgetting=0.0), make("ours", 4e-3)]
     assert choose([*others, best]).best is best
     assert choose([*others, best]).rate_mark == ""
+
+
+def test_the_mean_over_seeds_chooses_between_rates_that_ran_them(make: Any) -> None:
+    by_rate = {1e-3: [3.00, 3.2, 3.2], 2e-3: [3.01, 3.0, 3.0], 4e-3: [3.02, 2.0], 8e-3: [3.3]}
+    runs = [make("ours", rate, seed, validation=v) for rate, nll in by_rate.items() for seed, v in enumerate(nll)]
+    assert choose(runs).rate == 2e-3  # 4e-3 lacks a seed that 1e-3 ran
+    assert [run.seed for run in choose(runs).seeds] == [0, 1, 2]
+    assert choose([run for run in runs if run.seed == 0]).rate == 1e-3
+    failed = [make("ours", 2e-3, seed, diverged=True) if run.rate == 2e-3 and seed == 2 else run
+              for run in runs for seed in [run.seed]]  # fmt: skip
+    assert choose(failed).rate == 1e-3
 
 
 def test_edge_of_the_sweep(make: Any) -> None:
@@ -253,9 +266,12 @@ def test_differences_without_common_seeds(make: Any) -> None:
 def test_share_of_fulls_gain(make: Any) -> None:
     full = arm_of(make, "full", test=[2.6, 2.4])  # gains 1.0, 1.2
     assert gain_share(arm_of(make, "ours", test=[2.7, 2.4]), full) == pytest.approx((0.95, math.sqrt(0.005), 2))
-    one = gain_share(arm_of(make, "ours", test=[2.5]), full)  # 1.1 of 1.1
+    one = gain_share(arm_of(make, "ours", test=[2.5]), full)  # 1.1 of the same seed's 1.0
     assert one is not None
-    assert (one.mean, one.sd) == (pytest.approx(1.0), None)
+    assert (one.mean, one.sd) == (pytest.approx(1.1), None)
+    other = gain_share(choose([make("ours", 1e-3, 7, test=2.5)]), full)  # 1.1 of 1.1, the mean
+    assert other is not None
+    assert (other.mean, other.sd) == (pytest.approx(1.0), None)
     assert gain_share(full, arm_of(make, "worse", test=[3.7, 3.8])) is None
 
 
@@ -264,10 +280,10 @@ def test_forgetting_at_equal_gain(make: Any) -> None:
     sweep = choose([make("lora", rate, test=test, forgetting=lost) for rate, test, lost in gains]).sweep
 
     def at(gain: float) -> float | None:
-        found = forgetting_at_gain(sweep, gain)
+        found = figure_at_gain(sweep, gain, forgetting_of)
         assert found is not None
         assert found.top == pytest.approx((0.8, 0.5))
-        return found.forgetting
+        return found.figure
 
     assert at(0.6) == pytest.approx(0.3)  # of the rising branch, which forgets less than the falling one
     assert at(0.2) == pytest.approx(0.05)  # between where it starts and its lowest rate
@@ -278,13 +294,13 @@ def test_forgetting_at_equal_gain(make: Any) -> None:
 def test_forgetting_starts_where_the_arm_starts(make: Any) -> None:
     start = {**BEFORE, "test": 3.8, "forgetting": 2.1}  # a 4-bit base: gain -0.2, forgetting 0.1
     sweep = [make("qlora", 1e-3, test=3.2, forgetting=0.4, start=start)]
-    found = forgetting_at_gain(sweep, 0.1)
+    found = figure_at_gain(sweep, 0.1, forgetting_of)
     assert found is not None
-    assert found.forgetting == pytest.approx(0.25)
-    unknown = forgetting_at_gain([make("qlora", 1e-3, test=3.2, start=None)], 0.1)
+    assert found.figure == pytest.approx(0.25)
+    unknown = figure_at_gain([make("qlora", 1e-3, test=3.2, start=None)], 0.1, forgetting_of)
     assert unknown is not None
-    assert unknown.forgetting is None
-    assert forgetting_at_gain([make("qlora", 1e-3, diverged=True)], 0.1) is None
+    assert unknown.figure is None
+    assert figure_at_gain([make("qlora", 1e-3, diverged=True)], 0.1, forgetting_of) is None
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------
@@ -345,6 +361,24 @@ def test_gain_beyond_the_peers_sweep(make: Any) -> None:
     assert three(make, {"test": [3.7], "forgetting": [0.0]}, lora)["forgetting"] == UNDECIDED  # below where it starts
 
 
+def test_full_fine_tuning_is_read_at_our_gain_too(make: Any) -> None:
+    full = choose([make("full", 1e-3, test=2.8, forgetting=0.1, held_out=4.2),
+                   make("full", 2e-3, test=2.4, forgetting=0.5, held_out=4.4, validation=2.9)])  # fmt: skip
+    ours = choose([make("ours", 1e-3, test=2.6, forgetting=0.4, held_out=4.1), make("ours", 1e-3, 1, test=2.0)])
+    text = next(one.text for one in verdicts({"full": full, "ours": ours}, "ours", "full", []) if one.target == "gain")
+    assert "forgetting +0.3000 (ours +0.4000), held-out 4.3000 (ours 4.1000), seed 0." in text
+    beyond = choose([make("ours", 1e-3, test=2.0)])
+    assert "gains as much" not in verdicts({"full": full, "ours": beyond}, "ours", "full", [])[0].text
+
+
+def test_intervals_that_hold_0_are_counted(make: Any) -> None:
+    lora = choose([make("lora", rate, s, validation=3 + abs(rate - 2e-3), held_out=4.5) for rate in (1e-3, 2e-3, 4e-3)
+                   for s in range(3)])  # fmt: skip
+    for held_out, told in (([4.2, 4.3, 4.4], "reached; 1 of 1 intervals hold 0"), ([4.29, 4.3, 4.31], REACHED)):
+        ours = arm_of(make, "ours", held_out=held_out)
+        assert judge(ours, lora)["held-out"] == told
+
+
 def test_what_was_not_run_is_undecided(make: Any) -> None:
     assert judge(arm_of(make, "ours", test=[2.7], reloaded=[None])) == dict.fromkeys(TARGETS, UNDECIDED)
     assert verdicts({"lora": arm_of(make, "lora", test=[2.7])}, "ours", "full", ["lora"]) == []
@@ -380,7 +414,7 @@ def test_quality_row(make: Any) -> None:
     arm = choose([make("ours", r, s, validation=3 - r, test=2.6 + s / 10) for r in (1e-3, 5e-3) for s in (0, 1)])
     assert tables.quality_row(arm, full) == [
         "ours", "160,000", "0.32", "0.005 (edge)", "2", "2.650 ± 0.071", "14.15", "95.0% ± 7.1", "4.500 ± 0.000",
-        "+0.250 ± 0.000",
+        "90.02", "+0.250 ± 0.000", "9.49",
     ]  # fmt: skip
     assert tables.quality_row(arm, None)[7] == "-"
 
@@ -390,9 +424,25 @@ def test_absent_figures_are_dashes(make: Any) -> None:
     absent = dict.fromkeys((*optional, "routing", "experts_moved", "experts", "reloaded", "note"), None)
     before = {"validation": 3.7, "test": 3.6}
     arm = choose([make("none", None, **absent, before=before, nll=before, start=None)])
-    assert tables.quality_row(arm, arm) == ["none", "-", "-", "-", "1", "3.600", "36.60", "-", "-", "-"]
-    assert tables.cost_row(arm) == ["none", *["-"] * 10, ""]
+    assert tables.quality_row(arm, arm) == ["none", "-", "-", "-", "1", "3.600", "36.60", *["-"] * 5]
+    assert tables.cost_row(arm) == ["none", *["-"] * 11, ""]
     assert tables.sweep_row(arm.sweep[0], False) == ["none", "-", "0", "3.700", "-", "-", ""]
+
+
+def test_bytes_table_has_ours_first_and_those_that_ran(make: Any) -> None:
+    arms = {a: arm_of(make, a, test=[2.6, 2.7], held_out=[h, h]) for a, h in (("small", 4.25), ("ours", 4.0))}
+    lines = tables.bytes_table(arms, "full", "ours", ["not run", "small"]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| ours", "| small"]
+    assert lines[2].endswith("| - |")
+    assert lines[3].endswith("| +0.2500 ± 0.0000 |")
+    assert lines[3].startswith("| small | 0.32 | 160,000 | 0.001 | 2 | 2.650 ± 0.071 | - | 4.250 ± 0.000 | +0.250")
+
+
+def test_load_table_is_of_1000_tokens_a_layer(make: Any) -> None:
+    run = make("ours", 1e-3, loads={"model.layers.1.mlp.experts": [[3, 5], [4, 4]], "b": [[1], [2]]})
+    assert tables.load_table(run).splitlines()[2:] == [
+        "| model.layers.1 | 375 → 500 | 625 → 500 |", "| b | 1000 → 1000 |  |",
+    ]  # fmt: skip
 
 
 def test_ablation_rows(make: Any) -> None:
@@ -432,12 +482,14 @@ def test_loss_curve_is_a_running_mean() -> None:
 
 
 def test_differing_runs_are_warned_of(make: Any) -> None:
-    runs = [make("ours", 1e-3), make("lora", 1e-3, options={"steps": 60}, before={**BEFORE, "test": 3.7}, tokens={})]
+    other = {"options": {"steps": 60}, "before": {**BEFORE, "test": 3.7}, "tokens": {"test": 1}}
+    runs = [make("ours", 1e-3), make("lora", 1e-3, **other), make("lora", 2e-3, trainable_parameters=7)]
     found = " ".join(report.warnings(runs))
     assert "differ in steps: 20, 60" in found
     assert "different NLL in different runs (test)" in found
     assert "number of tokens" in found
-    assert report.warnings(runs[:1]) == []
+    assert "the runs of lora train 7, 160,000 weights" in found
+    assert report.warnings([runs[0], make("lora", 1e-3, tokens={})]) == []  # not known is no difference
 
 
 def fill(folder: Path) -> None:
@@ -502,10 +554,12 @@ def test_restored_runs_give_the_same_report(tmp_path: Path) -> None:
         "further": ["a", 1],
         "no": None,
     }
+    loads = {"layers.0.mlp.experts": [[3, 5], [4, 4]]}
     for arm in ("odd", "odd-2"):
         write(
-            tmp_path / "runs", content(arm, 1e-3, options=options, note="", machine=MACHINE | {"system": "Linux 6.1"})
-        )
+            tmp_path / "runs", content(arm, 1e-3, options=options, note="", machine=MACHINE | {"system": "Linux 6.1"},
+                                       loads=loads, setup_seconds=1.5)
+        )  # fmt: skip
     first = write_report(tmp_path / "runs", tmp_path / "one")
     made = load_runs(tmp_path / "runs")
     assert restore(tmp_path / "one" / "runs.csv", tmp_path / "again") == len(made)

@@ -5,8 +5,8 @@
     spread      mean and sample standard deviation over all seeds run at that rate
     difference  paired: mean and sample standard deviation of the differences seed by seed, where both arms ran at least
                 two seeds in common; else of the two means, with sqrt(sd1^2 + sd2^2)
-    at equal gain  a peer's forgetting at a given in-domain gain, read off the line through its sweep in the order of
-                its rates; it starts where the arm starts (rate 0)
+    at equal gain  a peer's forgetting, or another figure, at a given in-domain gain, read off the line through its
+                sweep in the order of its rates; it starts where the arm starts (rate 0)
 
 The sweep's seed is the lowest of those that ran the most rates. Runs that diverged, or whose figures are not finite,
 are never chosen and count in no mean; how many there were is told beside it.
@@ -25,6 +25,15 @@ from typing import NamedTuple
 from comparison.run_files import Run
 
 Figure = Callable[[Run], float | None]
+
+
+def held_out_of(run: Run) -> float | None:
+    return run.held_out
+
+
+def forgetting_of(run: Run) -> float | None:
+    return run.forgetting
+
 
 # Two-sided 95% points of Student's t for 2, 3, ... seeds; above ten the last one, which is a little too wide.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -99,8 +108,20 @@ class ArmResult:
             return "only rate"
         return "edge" if self.best in (self.sweep[0], self.sweep[-1]) else ""
 
+    @property
+    def loaded(self) -> Run | None:
+        """Whose loads by expert are shown: of the chosen rate, the first seed that has them."""
+        return next((run for run in self.finished if run.loads), None)
+
     def spread(self, figure: Figure) -> Spread | None:
         return spread(figure(run) for run in self.finished)
+
+    def mean(self, figure: Figure) -> float | None:
+        found = self.spread(figure)
+        return None if found is None else found.mean
+
+    def with_seed(self, seed: int) -> Run | None:
+        return next((run for run in self.finished if run.seed == seed), None)
 
     def median(self, figure: Figure) -> float | None:
         """Of the seeds that have the figure; for times and sizes."""
@@ -207,10 +228,10 @@ def paired(one: ArmResult, other: ArmResult, figure: Figure) -> list[tuple[float
 
 
 def gain_share(arm: ArmResult, full: ArmResult) -> Spread | None:
-    """Of full fine-tuning's in-domain gain: the mean over seeds in common, or of the mean gains where these are fewer
-    than two. None where full fine-tuning gained nothing."""
+    """Of full fine-tuning's in-domain gain: the mean over seeds in common, or of the mean gains where there is none.
+    None where full fine-tuning gained nothing."""
     pairs = paired(arm, full, lambda run: run.gain)
-    if len(pairs) > 1:
+    if pairs:
         return spread(a / b for a, b in pairs) if all(b > 0 for _, b in pairs) else None
     one, whole = arm.spread(lambda run: run.gain), full.spread(lambda run: run.gain)
     if one is None or whole is None or whole.mean <= 0:
@@ -218,30 +239,31 @@ def gain_share(arm: ArmResult, full: ArmResult) -> Spread | None:
     return Spread(one.mean / whole.mean, None, 1)
 
 
-def gain_line(sweep: Sequence[Run]) -> list[tuple[float, float]]:
-    """(gain, forgetting) of where an arm starts, if that is known, and of each rate's run; sweep: by rate. Empty where
+def gain_line(sweep: Sequence[Run], figure: Figure) -> list[tuple[float, float]]:
+    """(gain, figure) of where an arm starts, if that is known, and of each rate's run; sweep: by rate. Empty where
     there is nothing of it to measure."""
     trained = [run for run in sweep if not run.failed and run.rate is not None]
-    points = [(run.gain, run.forgetting) for run in trained if run.forgetting is not None]
-    start = trained[0].at_rate_zero if points else None
-    return [start, *points] if start is not None else points
+    points = [(run.gain, value) for run in trained if (value := figure(run)) is not None]
+    start = trained[0].untrained if points else None
+    value = figure(start) if start is not None else None
+    return [(start.gain, value), *points] if start is not None and value is not None else points
 
 
 class AtGain(NamedTuple):
-    """Forgetting of a sweep at some gain: the least where its line passes there more than once, None where it never
-    does. top: (gain, forgetting) at the sweep's highest gain."""
+    """A figure of a sweep at some gain: the least where its line passes there more than once, None where it never
+    does. top: (gain, figure) at the sweep's highest gain."""
 
-    forgetting: float | None
+    figure: float | None
     top: tuple[float, float]
 
 
-def forgetting_at_gain(sweep: Sequence[Run], gain: float) -> AtGain | None:
-    """sweep: by rate. None where it has no forgetting."""
-    line = gain_line(sweep)
+def figure_at_gain(sweep: Sequence[Run], gain: float, figure: Figure) -> AtGain | None:
+    """sweep: by rate. None where it does not have the figure."""
+    line = gain_line(sweep, figure)
     if not line:
         return None
-    found = [forgetting for at, forgetting in line if at == gain]
-    for (gain1, forgetting1), (gain2, forgetting2) in pairwise(line):
+    found = [value for at, value in line if at == gain]
+    for (gain1, value1), (gain2, value2) in pairwise(line):
         if min(gain1, gain2) < gain < max(gain1, gain2):
-            found.append(forgetting1 + (forgetting2 - forgetting1) * (gain - gain1) / (gain2 - gain1))
+            found.append(value1 + (value2 - value1) * (gain - gain1) / (gain2 - gain1))
     return AtGain(min(found, default=None), max(line))

@@ -96,10 +96,16 @@ def dense_figures(bed: Bed, session: Any, model: Any, before: int, train: Callab
         trained = train()
     nll, after = judged(bed, session, model)
     return {
-        "start": start, "nll": nll, "routing": routing_figures(loads, after), "losses": trained.losses,
+        "start": start, "nll": nll, **routing_of(loads, after), "losses": trained.losses,
         "step_seconds": trained.step_seconds, "diverged": trained.diverged, "peak_private_bytes": peak.bytes,
         "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
+
+
+def routing_of(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run's file. Counts: block -> int64 [E]."""
+    loads = {block: [before[block].tolist(), after[block].tolist()] for block in before}
+    return {"routing": routing_figures(before, after), "loads": loads}
 
 
 def run_full(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
@@ -237,7 +243,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     head = "" if values.head_lr is None else f", HEAD_LR {values.head_lr:g}"
     return {
         **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}",
-        "start": start, "nll": nll, "reloaded": reloaded, "routing": routing_figures(loads, after),
+        "start": start, "nll": nll, "reloaded": reloaded, **routing_of(loads, after),
         "artifact_bytes": size, "peak_private_bytes": peak.bytes, "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
 
@@ -250,21 +256,21 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     from usaf.session import fill_all
     from usaf.trainer import Trainer
 
+    began = time.perf_counter()
     values, order, rows = session.settings.values, session.order, session.data.train
     states = session.boundary(rows, order.chunks)
     fill_all([states])
     trainer = Trainer(session.model, states, rows, order, values, values.steps)
     samples = order.first_rows(min(values.importance_samples, len(rows)))
-    began = time.perf_counter()
     found = find_important(
         session.model, states, rows, samples, values.frac, session.chunk_rows(rows), values.head_chunk_tokens,
         lambda _: None, projections=values.projections,
     )  # fmt: skip
-    importance_seconds = time.perf_counter() - began
     trainer.activate(found.active)
     rates, _ = measure_learning_rates(values, session.model, states, rows, order, found, lambda _: None)
     session.settings = session.settings.replace("measured", **rates)
     trainer.settings = session.settings.values
+    setup_seconds = time.perf_counter() - began
     losses: list[float] = []
     seconds: list[float] = []
     turnover: list[float] = []
@@ -282,7 +288,7 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     return trainer, {
         "losses": losses, "step_seconds": sorted(seconds)[len(seconds) // 2],
         "diverged": not math.isfinite(losses[-1]), "trainable_parameters": trainer.active_parameters() + whole,
-        "half_overlap": found.half_overlap, "importance_seconds": importance_seconds, "turnover": turnover,
+        "half_overlap": found.half_overlap, "setup_seconds": setup_seconds, "turnover": turnover,
         "experts": sum(moe.banks[0].num_experts for moe in trainer.trained), "experts_moved": sum(moved.values()),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from comparison.choice import ArmResult, Results, gain_line
+from comparison.choice import ArmResult, Results, forgetting_of, gain_line
 from comparison.run_files import Run
 from usaf.errors import UserError
 from usaf.files import replacing
@@ -137,7 +137,7 @@ def draw_forgetting(axes: Any, config: str, arms: Mapping[str, ArmResult], style
     best = max((run.gain for one in arms.values() for run in finished(one.sweep)), default=0.0)
     shown = [0.0]
     for arm, one in arms.items():
-        line = gain_line(one.sweep)
+        line = gain_line(one.sweep, forgetting_of)
         if not line:
             continue
         axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=arm, **styles[arm])

@@ -18,7 +18,15 @@ from comparison.choice import ArmResult, Results, results
 from comparison.plots import require_matplotlib, write_plots
 from comparison.run_files import Run, load_runs
 from comparison.runs_csv import write_csv
-from comparison.tables import ablation_table, cost_table, quality_table, sweep_table, targets_table
+from comparison.tables import (
+    ablation_table,
+    bytes_table,
+    cost_table,
+    load_table,
+    quality_table,
+    sweep_table,
+    targets_table,
+)
 from comparison.verdicts import Verdict, verdicts
 from usaf.files import replacing
 
@@ -27,9 +35,9 @@ MACHINE = ("processor", "threads", "cpu_capability", "memory_bytes", "torch")  #
 
 HOW_TO_READ = """\
 Each arm is one method, trained at several learning rates. **The rate is chosen on the validation split alone**: of the
-runs of the sweep's seed, the one with the lowest validation NLL. *(edge)* marks a best rate that is the lowest or
-highest tried, so a better one may lie beyond; *(only rate)* an arm that was not swept. The test split and the held-out
-texts have no say in it.
+runs of the sweep's seed, the one with the lowest validation NLL, and where further rates ran all its seeds, the one
+with the lowest mean over these. *(edge)* marks a best rate that is the lowest or highest tried, so a better one may lie
+beyond; *(only rate)* an arm that was not swept. The test split and the held-out texts have no say in it.
 
 - NLL is in nats a token. Figures are mean ± sample standard deviation over all seeds run at the chosen rate; without ±
   there was one seed. Runs that diverged count in no mean and are told beside the seeds.
@@ -39,12 +47,15 @@ texts have no say in it.
 - *Beyond the spread*: a mean difference that exceeds its own standard deviation, which is that of the differences seed
   by seed where both arms ran at least two seeds in common, else sqrt(sd1² + sd2²). With few seeds this is a mild test,
   so the 95% interval of the mean (Student's t) stands beside it.
+- *intervals hold 0*: a target is reached, but of so many comparisons the 95% interval of the difference holds 0.
 - A target that is reached only against an arm whose best rate is marked *(edge)* or *(only rate)* counts as undecided.
-- *At equal gain*: the other arm's forgetting is read off its sweep, linearly between neighbouring rates and from where
-  it starts; the least, where several rates give the same gain. Where it never reaches that gain, the two sweeps are
-  compared at the highest that it reaches.
+- *At equal gain*: the other arm's figure is read off its sweep, linearly between neighbouring rates and from where it
+  starts (which may flatter or hurt it, where the curve bends); the least, where several rates give the same gain. Ours
+  is that of the same seed. Where the other never reaches that gain, the two sweeps are compared at the highest that it
+  reaches; ours is then that of the arm named. One seed, so no spread.
 - *reload* is the largest |NLL after saving and loading - NLL after training| over all texts and seeds.
 - *Ablations* are compared each at its best rate, and one that ran at a single rate with its baseline at that rate.
+- *setup s*: what a method does with the data before its first step, such as importance.
 - *load moved* is the mean total variation between the experts' loads before and after, *entropy* the routing's, against
   *before*. Times of runs that shared the machine (*jobs* above 1) are comparable only at the same number of jobs."""
 
@@ -63,14 +74,15 @@ class Question:
     """What a report is to say.
 
     ours: the arm that the targets are for; swept: the first of these that was run is our sweep, where that has one
-    rate; full: full fine-tuning; peers: those to beat, None for the family "peft"; arms: the order of the tables,
-    others after them.
+    rate; full: full fine-tuning; peers: those to beat, None for the family "peft"; by_bytes: arms whose budget is ours
+    in bytes, for a table of their own; arms: the order of the tables, others after them.
     """
 
     title: str = "Comparison of methods"
     ours: str = "ours"
     full: str = "full"
     peers: Sequence[str] | None = None
+    by_bytes: Sequence[str] = ()
     arms: Sequence[str] = ()
     ablations: Sequence[Ablation] = ()
     swept: Sequence[str] = ()
@@ -95,7 +107,8 @@ def write_report(runs_folder: Path, output: Path, question: Question | None = No
     plots = write_plots(output, found, question.ours)
     chosen = {run.path for arms in found.values() for arm in arms.values() for run in arm.seeds}
     drawn = {run.path for arms in found.values() for arm in arms.values() if (run := arm.drawn) is not None}
-    write_csv(output / "runs.csv", in_order(runs, found), chosen, drawn)
+    loaded = {run.path for arms in found.values() for arm in arms.values() if (run := arm.loaded) is not None}
+    write_csv(output / "runs.csv", in_order(runs, found), chosen, drawn, loaded)
     with replacing(output / "README.md") as file:
         file.write(report_text(runs, found, question, plots).encode("utf-8"))
     return [output / name for name in ("README.md", "runs.csv", *plots)]
@@ -134,11 +147,16 @@ def config_parts(
     if judged:
         parts.append("\n".join(f"- **{one.status}** ({one.target}): {one.text}" for one in judged))
     parts += [f"**Warning:** {warning}" for warning in warnings(runs)]
+    if question.ours in arms and any(arm in arms for arm in question.by_bytes):
+        parts += ["At equal artifact bytes:", bytes_table(arms, question.full, question.ours, question.by_bytes)]
     parts += ["Cost and routing:", cost_table(arms)]
     for ablation in question.ablations:
         if ablation.baseline in arms and any(arm in arms for arm in ablation.arms if arm != ablation.baseline):
             parts += [f"Ablation, {ablation.title} (differences; below 0 is better than {ablation.baseline}):",
                       ablation_table(arms, ablation.baseline, ablation.arms)]  # fmt: skip
+    if question.ours in arms and (run := arms[question.ours].loaded) is not None:
+        told = f"Load of each expert, of {question.ours}: tokens of 1000 of its layer, before → after (seed {run.seed})"
+        parts += [f"<details><summary>{told}</summary>", load_table(run), "</details>"]
     return [*parts, "<details><summary>The sweep</summary>", sweep_table(arms), "</details>"]
 
 
@@ -160,9 +178,19 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     apart = [name for name in runs[0].before if not_the_same([run.before.get(name) for run in runs])]
     if apart:
         found.append(f"the untrained model has different NLL in different runs ({', '.join(apart)}).")
-    if len({json.dumps(run.tokens, sort_keys=True) for run in runs}) > 1:
+    if len({json.dumps(run.tokens, sort_keys=True) for run in runs if run.tokens}) > 1:
         found.append("the runs differ in the number of tokens that were measured.")
-    return found
+    return [*found, *uneven(runs)]
+
+
+def uneven(runs: Sequence[Run]) -> list[str]:
+    """Arms whose runs do not all train equally many weights."""
+    sizes: dict[str, set[float]] = {}
+    for run in runs:
+        if run.trainable_parameters is not None:
+            sizes.setdefault(run.arm, set()).add(run.trainable_parameters)
+    return [f"the runs of {arm} train {', '.join(f'{n:,.0f}' for n in sorted(found))} weights."
+            for arm, found in sizes.items() if len(found) > 1]  # fmt: skip
 
 
 def not_the_same(values: Sequence[float | None]) -> bool:

@@ -53,11 +53,15 @@ class Run:
     jobs: float | None = None
     """runs that shared the machine"""
     seconds: float | None = None
+    setup_seconds: float | None = None
+    """of `seconds`: what a method does with the data before its first step"""
     peak_private_bytes: float | None = None
     tokens: dict[str, float] = field(default_factory=dict)
     start: NLL = field(default_factory=dict)
     reloaded: NLL = field(default_factory=dict)
     routing: dict[str, float] = field(default_factory=dict)
+    loads: dict[str, list[list[int]]] = field(default_factory=dict)
+    """layer's experts module -> tokens of each expert over the evaluation, before and after"""
     experts_moved: float | None = None
     experts: float | None = None
     losses: list[float] = field(default_factory=list)
@@ -94,10 +98,9 @@ class Run:
         return changed(self.before, self.nll, "forgetting")
 
     @property
-    def at_rate_zero(self) -> tuple[float, float] | None:
-        """(gain, forgetting) of what the arm starts from."""
-        gain, forgetting = (changed(self.before, self.start, name) for name in ("test", "forgetting"))
-        return None if gain is None or forgetting is None else (-gain, forgetting)
+    def untrained(self) -> Run | None:
+        """As if it had stopped where it starts from; None if that is not known."""
+        return dataclasses.replace(self, nll=self.start) if self.start.keys() == self.nll.keys() else None
 
     @property
     def reload_difference(self) -> float | None:
@@ -251,6 +254,17 @@ def before_set(value: Any) -> NLL:
     return found
 
 
+def loads(value: Any) -> dict[str, list[list[int]]]:
+    found = mapping(value)
+    for both in found.values():
+        if not isinstance(both, list) or len(both) != 2 or len(both[0]) != len(both[1]):
+            raise ValueError("is not two counts for each expert")
+        for counts in both:
+            for one in counts:
+                whole(one)
+    return found
+
+
 def numbers(value: Any) -> list[float]:
     if not isinstance(value, list):
         raise ValueError("is not a list")
@@ -261,7 +275,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("arm", "config", "family", "command", "commit", "note", "origin"), text),
     **dict.fromkeys(("options", "machine"), mapping),
     **dict.fromkeys(("trainable_parameters", "artifact_bytes", "step_seconds", "jobs", "seconds"), finite),
-    **dict.fromkeys(("peak_private_bytes", "experts_moved", "experts"), finite),
+    **dict.fromkeys(("setup_seconds", "peak_private_bytes", "experts_moved", "experts"), finite),
     "seed": whole, "rate": positive, "before": before_set, "start": nll_set, "reloaded": nll_set, "losses": numbers,
-    "diverged": flag, "routing": figures, "tokens": figures,
+    "diverged": flag, "routing": figures, "tokens": figures, "loads": loads,
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """runs.csv: one line for each run of a comparison, for spreadsheets, and complete enough to go on from.
 
 A report's folder is kept, run files are not. So every figure of a run stands in its line, its losses where the report
-draws them, and `restore` makes the run files again, for a comparison that goes on somewhere else. Figures that a run's
-other figures give (`DERIVED`) are there for the reader alone.
+draws them and the loads of its experts where it shows them, and `restore` makes the run files again, for a comparison
+that goes on somewhere else. Figures that a run's other figures give (`DERIVED`) are there for the reader alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ LOSS_DIGITS = 4  # of a curve that is drawn
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_csv(path: Path, runs: Iterable[Run], chosen: Collection[Path], drawn: Collection[Path] = ()) -> None:
+def write_csv(
+    path: Path, runs: Iterable[Run], chosen: Collection[Path], drawn: Collection[Path] = (),
+    loaded: Collection[Path] = (),
+) -> None:  # fmt: skip
     """One line a run, in the order given; what a run does not have, and what is not finite, is left empty.
 
-    chosen: runs at their arm's chosen rate; drawn: those whose losses are kept.
+    chosen: runs at their arm's chosen rate; drawn: those whose losses are kept; loaded: whose loads are.
     """
-    rows = [csv_row(run, run.path in chosen, run.path in drawn) for run in runs]
+    rows = [csv_row(run, run.path in chosen, run.path in drawn, run.path in loaded) for run in runs]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with io.StringIO(newline="") as written:
         writer = csv.DictWriter(written, columns, restval="", lineterminator="\n")
@@ -48,13 +51,13 @@ def write_csv(path: Path, runs: Iterable[Run], chosen: Collection[Path], drawn: 
             file.write(written.getvalue().encode("utf-8"))
 
 
-def csv_row(run: Run, chosen: bool, drawn: bool) -> dict[str, Any]:
+def csv_row(run: Run, chosen: bool, drawn: bool, loaded: bool = False) -> dict[str, Any]:
     """Whether its rate is the chosen one, every single figure, and those that the tables make of them."""
     row = {
         "config": run.config, "arm": run.arm, "family": run.family, "rate": run.rate, "seed": run.seed,
         "chosen_rate": int(chosen), "diverged": int(run.failed),
         "trainable_parameters": run.trainable_parameters, "artifact_bytes": run.artifact_bytes,
-        "step_seconds": run.step_seconds, "jobs": run.jobs, "seconds": run.seconds,
+        "step_seconds": run.step_seconds, "jobs": run.jobs, "seconds": run.seconds, "setup_seconds": run.setup_seconds,
         "peak_private_bytes": run.peak_private_bytes,
         "nll_heldout": run.held_out, "gain_test": run.gain, "forgetting": run.forgetting,
         "experts_moved": run.experts_moved, "experts": run.experts, "last_loss": run.losses[-1] if run.losses else None,
@@ -64,6 +67,8 @@ def csv_row(run: Run, chosen: bool, drawn: bool) -> dict[str, Any]:
         row |= {f"{prefix}_{key}": cell(value) for key, value in getattr(run, name).items()}
     if drawn and len(run.losses) > 1:
         row["losses"] = " ".join(f"{loss:.{LOSS_DIGITS}g}" for loss in run.losses)
+    if loaded and run.loads:
+        row["loads"] = json.dumps(run.loads, separators=(",", ":"))
     return row
 
 
@@ -123,5 +128,7 @@ def run_of(row: Mapping[str, str]) -> dict[str, Any]:
     if run["diverged"]:
         run["nll"] = None
     curve, last = (row.get("losses") or "").split(), (row.get("last_loss") or "").split()
+    if row.get("loads"):
+        run["loads"] = json.loads(row["loads"])
     run["losses"] = [float(loss) for loss in [*curve[:-1], *last]]  # the last is known in full
     return {"rate": None, **run}

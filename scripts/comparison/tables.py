@@ -75,8 +75,33 @@ def seeds_text(arm: ArmResult) -> str:
 
 def quality_table(arms: Mapping[str, ArmResult], full: str) -> str:
     header = ["arm", "trainable", "artifact MB", "rate", "seeds", "test NLL", "ppl", f"of {full}'s gain",
-              "held-out NLL", "forgetting"]  # fmt: skip
+              "held-out NLL", "ppl", "forgetting", "ppl"]  # fmt: skip
     return markdown(header, [quality_row(arm, arms.get(full)) for arm in arms.values()])
+
+
+def bytes_table(arms: Mapping[str, ArmResult], full: str, ours: str, by_bytes: Sequence[str]) -> str:
+    """Ours and the arms whose budget is ours in bytes on disk."""
+    found = [arms[name] for name in (ours, *by_bytes) if name in arms]
+    header = ["arm", "artifact MB", "trainable", "rate", "seeds", "test NLL", f"of {full}'s gain", "held-out NLL",
+              "forgetting", "held-out less ours"]  # fmt: skip
+    rows = []
+    for arm in found:
+        less = None if arm is found[0] else difference(arm, found[0], lambda run: run.held_out)
+        row = quality_row(arm, arms.get(full))
+        rows.append([row[0], row[2], row[1], *row[3:6], row[7], row[8], row[10], difference_cell(less)])
+    return markdown(header, rows)
+
+
+def load_table(run: Run) -> str:
+    """Tokens of each expert over all evaluated texts, of 1000 of its layer, before and after training."""
+    most = max(len(before) for before, _ in run.loads.values())
+    rows = []
+    for block, (before, after) in run.loads.items():
+        parts = [
+            f"{1000 * b / sum(before):.0f} → {1000 * a / sum(after):.0f}" for b, a in zip(before, after, strict=True)
+        ]
+        rows.append([block.removesuffix(".mlp.experts"), *parts, *[""] * (most - len(parts))])
+    return markdown(["layer", *map(str, range(most))], rows)
 
 
 def quality_row(arm: ArmResult, full: ArmResult | None) -> list[str]:
@@ -90,15 +115,17 @@ def quality_row(arm: ArmResult, full: ArmResult | None) -> list[str]:
         with_spread(test),
         perplexity(test),
         share_text(gain_share(arm, full)) if full is not None else NONE,
-        with_spread(arm.spread(lambda run: run.held_out)),
+        with_spread(held_out := arm.spread(lambda run: run.held_out)),
+        perplexity(held_out),
         with_spread(arm.spread(lambda run: run.forgetting), sign=True),
+        perplexity(arm.spread(lambda run: run.nll.get("forgetting"))),
     ]
 
 
 def cost_table(arms: Mapping[str, ArmResult]) -> str:
     """Medians over the seeds at the chosen rate."""
-    header = ["arm", "step s", "jobs", "run s", "peak GB", "reload", "entropy", "before", "load moved", "starved",
-              "experts moved", "note"]  # fmt: skip
+    header = ["arm", "step s", "jobs", "setup s", "run s", "peak GB", "reload", "entropy", "before", "load moved",
+              "starved", "experts moved", "note"]  # fmt: skip
     return markdown(header, [cost_row(arm) for arm in arms.values()], words=["note"])
 
 
@@ -109,6 +136,7 @@ def cost_row(arm: ArmResult) -> list[str]:
         arm.arm,
         plain(arm.median(lambda run: run.step_seconds)),
         jobs_text(arm),
+        plain(arm.median(lambda run: run.setup_seconds), 1),
         plain(arm.median(lambda run: run.seconds), 0),
         scaled(arm.median(lambda run: run.peak_private_bytes), 1e9, 2),
         NONE if worst is None else "0" if worst == 0 else f"{worst:.1e}",

@@ -4,8 +4,8 @@
     held-out    NLL below each peer's at the peer's own best rate, by more than the spread of seeds: the mean difference
                 exceeds its standard deviation, which the module `choice` defines. Undecided without two seeds
     forgetting  not more than each peer's at equal in-domain gain: ours at the chosen rate, the peer's read off its
-                sweep; where we gain more than it does at any rate, not more than it has at its most gain, or else
-                ours too at that gain, read off our sweep
+                sweep, whose seed is ours too where we ran it; where we gain more than it does at any rate, not more
+                than it has at its most gain, or else ours too at that gain, read off our sweep
     reload      the saved artifact gives the NLL of the trained model, to the last digit
 
 The first two are against another arm's best rate. Where that is at the edge of its sweep, a better one may exist, and
@@ -19,9 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from comparison.choice import ArmResult, Difference, difference, forgetting_at_gain, gain_share
+from comparison.choice import (
+    ArmResult,
+    Difference,
+    Figure,
+    difference,
+    figure_at_gain,
+    forgetting_of,
+    gain_share,
+    held_out_of,
+)
 from comparison.run_files import Run
 
 REACHED, NOT_REACHED, UNDECIDED = "reached", "not reached", "undecided"
@@ -39,11 +48,12 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """target: a key of TARGETS; text: the figures, a sentence."""
+    """target: a key of TARGETS; text: the figures, a sentence; holds_0: the 95% interval of the difference does."""
 
     target: str
     status: str
     text: str
+    holds_0: bool = False
 
 
 def verdicts(
@@ -54,7 +64,7 @@ def verdicts(
     if ours not in arms:
         return []
     our, rivals = arms[ours], [arms[peer] for peer in peers if peer in arms]
-    sweep = next((arms[name] for name in swept if name in arms), our).sweep
+    sweep = next((arms[name] for name in swept if name in arms), our)
     if our.best is None:
         return [Verdict(target, NOT_REACHED, f"{ours} diverged at every rate.") for target in TARGETS]
     found = [
@@ -68,14 +78,17 @@ def verdicts(
     ]
     if our.failed:
         mark = f" {our.failed} of {len(our.seeds)} seeds of {ours} diverged."
-        found = [Verdict(one.target, NOT_REACHED, one.text + mark) for one in found]
+        found = [replace(one, status=NOT_REACHED, text=one.text + mark) for one in found]
     return found
 
 
 def overall(found: Sequence[Verdict], target: str) -> str:
     """Of one target against all peers: reached only where all are, not reached where one is not."""
-    states = {one.status for one in found if one.target == target}
-    return next((state for state in (NOT_REACHED, UNDECIDED, REACHED) if state in states), "-")
+    of_target = [one for one in found if one.target == target]
+    states = {one.status for one in of_target}
+    state = next((state for state in (NOT_REACHED, UNDECIDED, REACHED) if state in states), "-")
+    unsure = sum(one.holds_0 for one in of_target)
+    return f"{state}; {unsure} of {len(of_target)} intervals hold 0" if unsure and state == REACHED else state
 
 
 def gain_verdict(our: ArmResult, full: ArmResult | None, name: str) -> Verdict:
@@ -86,7 +99,20 @@ def gain_verdict(our: ArmResult, full: ArmResult | None, name: str) -> Verdict:
         return Verdict(GAIN, UNDECIDED, f"{name} gained nothing in-domain at its best rate.")
     over = f" ± {100 * share.sd:.1f} over {share.n} seeds" if share.sd is not None else ""
     status = REACHED if share.mean >= LEAST_SHARE else NOT_REACHED
-    return against_best(full, Verdict(GAIN, status, f"{100 * share.mean:.1f}%{over} of {name}'s in-domain gain."))
+    text = f"{100 * share.mean:.1f}%{over} of {name}'s in-domain gain.{at_our_gain(our, full)}"
+    return against_best(full, Verdict(GAIN, status, text))
+
+
+def at_our_gain(our: ArmResult, full: ArmResult) -> str:
+    """Full fine-tuning at a rate at which it gains as much as we do: what it forgets, and its held-out NLL."""
+    run, gain = beside(our, full, lambda one: one.gain)
+    told = []
+    for name, figure, form in (("forgetting", forgetting_of, "+.4f"), ("held-out", held_out_of, ".4f")):
+        _, ours = beside(our, full, figure)
+        found = figure_at_gain(full.sweep, gain, figure) if gain is not None else None
+        if ours is not None and found is not None and found.figure is not None:
+            told.append(f"{name} {found.figure:{form}} (ours {ours:{form}})")
+    return f" At a rate where {full.arm} gains as much: {', '.join(told)}{seed_text(run)}." if told else ""
 
 
 def against_best(other: ArmResult, found: Verdict) -> Verdict:
@@ -95,11 +121,11 @@ def against_best(other: ArmResult, found: Verdict) -> Verdict:
         return found
     status = UNDECIDED if found.status == REACHED else found.status
     mark = f" The rate of {other.arm} may not be its best ({other.rate_mark})."
-    return Verdict(found.target, status, found.text + mark)
+    return replace(found, status=status, text=found.text + mark)
 
 
 def held_out_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
-    found = difference(our, peer, lambda run: run.held_out)
+    found = difference(our, peer, held_out_of)
     against = f"NLL against {peer.arm}{counts(our, peer)}: "
     if peer.best is None:
         return Verdict(HELD_OUT, UNDECIDED, f"{against}it diverged at every rate.")
@@ -112,7 +138,8 @@ def held_out_verdict(our: ArmResult, peer: ArmResult) -> Verdict:
     else:
         status = REACHED if -found.mean > found.sd else NOT_REACHED
     mark = f"; {peer.failed} of {len(peer.seeds)} seeds of {peer.arm} diverged" if peer.failed else ""
-    return against_best(peer, Verdict(HELD_OUT, status, f"{against}{difference_text(found)}{mark}."))
+    holds_0 = found.interval is not None and found.interval[0] <= 0 <= found.interval[1]
+    return against_best(peer, Verdict(HELD_OUT, status, f"{against}{difference_text(found)}{mark}.", holds_0))
 
 
 def difference_text(found: Difference) -> str:
@@ -133,34 +160,43 @@ def counts(our: ArmResult, peer: ArmResult) -> str:
     return f" ({one:,.0f} against {other:,.0f} parameters)"
 
 
-def forgetting_verdict(our: ArmResult, peer: ArmResult, sweep: Sequence[Run]) -> Verdict:
-    """sweep: of our method, by rate."""
-    gain, forgetting = our.spread(lambda run: run.gain), our.spread(lambda run: run.forgetting)
-    found = forgetting_at_gain(peer.sweep, gain.mean) if gain is not None else None
+def beside(our: ArmResult, other: ArmResult, figure: Figure) -> tuple[Run | None, float | None]:
+    """(Our run of the seed of another arm's sweep, its figure); where there is none, our mean."""
+    run = our.with_seed(other.sweep[0].seed)
+    return run, our.mean(figure) if run is None else figure(run)
+
+
+def seed_text(run: Run | None) -> str:
+    return "" if run is None else f", seed {run.seed}"
+
+
+def forgetting_verdict(our: ArmResult, peer: ArmResult, sweep: ArmResult) -> Verdict:
+    """sweep: our method's."""
+    (run, gain), (_, forgetting) = beside(our, peer, lambda one: one.gain), beside(our, peer, forgetting_of)
+    found = figure_at_gain(peer.sweep, gain, forgetting_of) if gain is not None else None
     if gain is None or forgetting is None or found is None:
         return Verdict(FORGETTING, UNDECIDED, f"Against {peer.arm}: not measured.")
-    over = f" ± {forgetting.sd:.4f}" if forgetting.sd is not None else ""
-    ours = f"Forgetting {forgetting.mean:+.4f}{over} at a gain of {gain.mean:.4f}"
-    if found.forgetting is not None:
-        status = REACHED if forgetting.mean <= found.forgetting else NOT_REACHED
-        return Verdict(FORGETTING, status, f"{ours}; {peer.arm} {found.forgetting:+.4f} at the same gain.")
-    if gain.mean < found.top[0]:
+    ours = f"Forgetting {forgetting:+.4f} at a gain of {gain:.4f}{seed_text(run)}"
+    if found.figure is not None:
+        status = REACHED if forgetting <= found.figure else NOT_REACHED
+        return Verdict(FORGETTING, status, f"{ours}; {peer.arm} {found.figure:+.4f} at the same gain.")
+    if gain < found.top[0]:
         return Verdict(FORGETTING, UNDECIDED, f"{ours}, which is below the sweep of {peer.arm}.")
-    status, compared = at_peers_top(forgetting.mean, sweep, *found.top)
+    status, compared = at_peers_top(forgetting, sweep, *found.top)
     return Verdict(FORGETTING, status, f"{ours}, which {peer.arm} does not reach at any rate. {compared}")
 
 
-def at_peers_top(ours: float, sweep: Sequence[Run], gain: float, forgetting: float) -> tuple[str, str]:
+def at_peers_top(ours: float, sweep: ArmResult, gain: float, forgetting: float) -> tuple[str, str]:
     """Where we gain more than the peer ever does: we forget no more all the same, or else the two are compared at the
     most that it gains, on our own sweep. ours: our forgetting; gain, forgetting: the peer's at its most."""
     text = f"At its most, {gain:.4f}, it has {forgetting:+.4f}"
     if ours <= forgetting:
         return REACHED, f"{text}, which is more."
-    own = forgetting_at_gain(sweep, gain)
-    if own is None or own.forgetting is None:
+    own = figure_at_gain(sweep.sweep, gain, forgetting_of)
+    if own is None or own.figure is None:
         return UNDECIDED, f"{text}, and our own sweep does not pass there."
-    status = REACHED if own.forgetting <= forgetting else NOT_REACHED
-    return status, f"{text}; our own sweep there {own.forgetting:+.4f}."
+    status = REACHED if own.figure <= forgetting else NOT_REACHED
+    return status, f"{text}; {sweep.arm}, swept, {own.figure:+.4f} there."
 
 
 def reload_verdict(our: ArmResult) -> Verdict:
