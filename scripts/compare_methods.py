@@ -83,12 +83,13 @@ def on_grid(rate: float, steps: int) -> float:
 
 
 def wanted_runs(
-    arm: str, guess: float | None, rates: Sequence[float] | None, seeds: int, done: dict[Run, float]
-) -> list[Run]:
+    arm: str, guess: float | None, rates: Sequence[float] | None, seeds: int, done: dict[Run, float],
+    every: bool = False,
+) -> list[Run]:  # fmt: skip
     """The runs that an arm still needs before more can be said; empty when it is finished.
 
     guess: where the sweep begins, None for an arm without a rate of its own. rates: a fixed sweep. done: run -> its
-    validation NLL (inf where it diverged).
+    validation NLL (inf where it diverged). every: all rates of `rates` run all seeds.
     """
     if guess is None:
         return [
@@ -106,7 +107,7 @@ def wanted_runs(
             return [Run(arm, on_grid(best, 1), SWEEP_SEED)]
         if best == ordered[0]:
             return [Run(arm, on_grid(best, -1), SWEEP_SEED)]
-    contenders = [rate for rate in ordered if swept[rate] <= swept[best] + NEAR_TIE]
+    contenders = grid if every else [rate for rate in ordered if swept[rate] <= swept[best] + NEAR_TIE]
     return [run for seed in range(1, seeds) for run in (Run(arm, rate, seed) for rate in contenders) if run not in done]
 
 
@@ -167,7 +168,7 @@ def upcoming(plan: argparse.Namespace, folder: Path, options: dict[str, Any], fa
 
     for arm in plan.arms:
         done = finished(arm, folder, options) | {run: math.inf for run in failed if run.arm == arm}
-        yield from wanted_runs(arm, EVERY[arm].guess or None, plan.rates, plan.seeds, done)
+        yield from wanted_runs(arm, EVERY[arm].guess or None, plan.rates, plan.seeds, done, plan.all_seeds)
 
 
 def processes() -> Any:
@@ -256,6 +257,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--eval-samples", type=int, default=32, help="sequences a set (default: 32)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm's best rate (default: 3)")
     parser.add_argument("--rates", help="a fixed sweep for every arm, comma-separated")
+    parser.add_argument("--all-seeds", action="store_true", help="every rate of --rates with every seed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
     parser.add_argument("--output", type=Path, help="folder of the report (default: docs/results/<name of --folder>)")

@@ -226,6 +226,7 @@ def test_a_sweep_goes_on_while_its_best_is_at_an_edge_then_seeds_follow() -> Non
     assert wanted_runs("a", 5e-3, None, 3, done) == []
     done[Run("a", 5e-3, 0)] = 1.039  # as good, as far as one seed tells
     assert rates(wanted_runs("a", 5e-3, None, 3, done)) == [(5e-3, 1), (5e-3, 2)]
+    assert rates(wanted_runs("a", 5e-3, [2e-3], 2, done, every=True)) == [(2e-3, 1)]
     assert rates(wanted_runs("none", None, None, 3, {})) == [(None, 0)]
     assert rates(wanted_runs("usaf-default", None, None, 3, {})) == [(None, 0), (None, 1), (None, 2)]
     assert rates(wanted_runs("a", 5e-3, [1e-4], 1, {})) == [(1e-4, 0)]
