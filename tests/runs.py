@@ -92,9 +92,24 @@ def raw_tensors(folder: Path) -> dict[str, tuple[str, str, bytes]]:
 
 
 def delta_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's delta, read without the code under test."""
-    with safe_open(folder / "delta.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """The tensors of a run's delta; see `tensors_of_delta`."""
+    return tensors_of_delta(folder / "delta.safetensors")
+
+
+def tensors_of_delta(path: Path) -> dict[str, torch.Tensor]:
+    """Read without the code under test, and with `.indices` in place of `.skips`: how many weights lie before each
+    trained one, in bytes of which 255 is followed by more."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in [name for name in tensors if name.endswith(".skips")]:
+        indices, here = [], -1
+        for skipped in tensors.pop(name).tolist():
+            here += skipped
+            if skipped < 255:
+                here += 1
+                indices.append(here)
+        tensors[name.replace(".skips", ".indices")] = torch.tensor(indices, dtype=torch.int32)
+    return tensors
 
 
 def same_delta(a: Path, b: Path) -> bool:

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from usaf.delta import Delta, experts_moved, load_delta, save_delta
+import usaf.delta
+from usaf.delta import Delta, decode_skips, encode_skips, experts_moved, load_delta, save_delta
 from usaf.errors import UserError
 
 UP, DOWN = "model.layers.1.mlp.sparse.gate_up_proj", "model.layers.1.mlp.sparse.down_proj"
@@ -47,8 +48,48 @@ def test_round_trip_to_the_bit(tmp_path: Path, last: int) -> None:
     assert found.whole.keys() == delta.whole.keys()
     assert all(torch.equal(found.whole[name], weight) for name, weight in delta.whole.items())
     assert (found.base_fingerprint, found.about) == (delta.base_fingerprint, delta.about)
-    stored = load_file(path)[f"{UP}.indices"]
-    assert stored.dtype == (torch.int32 if last < 2**31 else torch.int64)
+    stored = load_file(path)
+    if last == 79:
+        assert stored[f"{UP}.skips"].tolist() == [0, 2, 13, 22, 38]
+    else:  # far apart, an index is shorter
+        assert stored[f"{UP}.indices"].dtype == (torch.int32 if last < 2**31 else torch.int64)
+
+
+@pytest.mark.parametrize("between", [0, 1, 60, 254, 255, 256, 1000])
+def test_places_come_back_across_blocks(monkeypatch: pytest.MonkeyPatch, between: int) -> None:
+    generator = torch.Generator().manual_seed(between)
+    skips = torch.randint(0, 2 * between + 1, (1000,), generator=generator)
+    indices = torch.cumsum(skips + 1, 0) - 1
+    whole = encode_skips(indices)
+    assert len(whole) == 1000 + int((skips // 255).sum())
+    assert torch.equal(decode_skips(whole), indices)
+    monkeypatch.setattr(usaf.delta, "BLOCK", 7)
+    assert torch.equal(encode_skips(indices), whole)
+    assert torch.equal(decode_skips(whole), indices)
+
+
+@pytest.mark.parametrize(("between", "kind"), [(1, "skips"), (300, "skips"), (2000, "indices")])
+def test_places_are_stored_in_the_shorter_way(tmp_path: Path, between: int, kind: str) -> None:
+    indices = torch.arange(1, 500) * between
+    save_delta(tmp_path / "delta", Delta({UP: (indices, torch.ones(499))}, {}, "", {}))
+    stored = load_file(tmp_path / "delta")[f"{UP}.{kind}"]
+    assert stored.nbytes <= 4 * 499
+    assert torch.equal(load_delta(tmp_path / "delta").sparse[UP][0], indices)
+
+
+def test_a_delta_of_the_first_format_is_read(tmp_path: Path) -> None:
+    delta = example()
+    tensors = {
+        f"{n}.{part}": t
+        for n, both in delta.sparse.items()
+        for part, t in zip(("indices", "values"), both, strict=True)
+    }
+    metadata = {"format": "usaf-delta-1", "base_fingerprint": delta.base_fingerprint, "about": json.dumps(delta.about)}
+    save_file({**tensors, **delta.whole}, tmp_path / "delta", metadata)
+    found = load_delta(tmp_path / "delta")
+    assert found.sparse.keys() == delta.sparse.keys()
+    for name, both in delta.sparse.items():
+        assert all(torch.equal(a, b) for a, b in zip(found.sparse[name], both, strict=True))
 
 
 def test_a_loaded_delta_does_not_hold_the_file(tmp_path: Path) -> None:
@@ -84,7 +125,8 @@ def test_experts_moved_agrees_with_a_count_from_the_file(tmp_path: Path) -> None
     dense = torch.zeros(16, 35 + 21)
     for name, columns in ((UP, slice(0, 35)), (DOWN, slice(35, 56))):
         weights = torch.zeros(16 * sizes[name])
-        weights[tensors[f"{name}.indices"].long()] = tensors[f"{name}.values"]
+        places = torch.cumsum(tensors[f"{name}.skips"].long() + 1, 0) - 1  # none of 255 and more
+        weights[places] = tensors[f"{name}.values"]
         dense[:, columns] = weights.view(16, -1)
     expected = sum(1 for row in dense.tolist() if any(row))
     assert 0 < expected < 16
@@ -113,16 +155,22 @@ def test_what_is_not_a_whole_delta_is_refused(tmp_path: Path) -> None:
 
 
 GATE = "model.layers.1.mlp.gate.weight"
+FAR = "model.layers.1.mlp.sparse.far"
 DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no values": (lambda t: t.pop(f"{UP}.values"), "one value for each index"),
-    "no indices": (lambda t: t.pop(f"{UP}.indices"), "have no indices"),
-    "fewer values": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"][:-1]}), "one value for each index"),
-    "two dimensions": (
-        lambda t: t.update({n: t[n][None] for n in (f"{UP}.indices", f"{UP}.values")}), "one value for each index",
+    "no places": (lambda t: t.pop(f"{UP}.skips"), "have no indices, or twice"),
+    "two sorts of places": (
+        lambda t: t.update({f"{UP}.indices": torch.arange(5)}), "have no indices, or twice",
     ),
-    "not in order": (lambda t: t.update({f"{UP}.indices": t[f"{UP}.indices"].flip(0)}), "rising order"),
-    "twice": (lambda t: t[f"{UP}.indices"].__setitem__(1, 0), "rising order"),
-    "fractions": (lambda t: t.update({f"{UP}.indices": t[f"{UP}.indices"].float()}), "whole numbers"),
+    "fewer values": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"][:-1]}), "one value for each index"),
+    "fewer skips": (lambda t: t.update({f"{UP}.skips": t[f"{UP}.skips"][:-1]}), "one value for each index"),
+    "a skip that goes on": (lambda t: t[f"{UP}.skips"].__setitem__(-1, 255), "break off"),
+    "two dimensions": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"][None]}), "one value for each index"),
+    "indices in two dimensions": (lambda t: t.update({f"{FAR}.indices": t[f"{FAR}.indices"][None]}), "whole numbers"),
+    "not in order": (lambda t: t.update({f"{FAR}.indices": t[f"{FAR}.indices"].flip(0)}), "rising order"),
+    "twice": (lambda t: t[f"{FAR}.indices"].__setitem__(1, 7), "rising order"),
+    "fractions": (lambda t: t.update({f"{FAR}.indices": t[f"{FAR}.indices"].float()}), "whole numbers"),
+    "skips of 16 bits": (lambda t: t.update({f"{UP}.skips": t[f"{UP}.skips"].short()}), "are not bytes"),
     "16-bit values": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"].half()}), "float32"),
     "not a number": (lambda t: t[f"{UP}.values"].__setitem__(2, float("nan")), "finite"),
     "an infinite router": (lambda t: t[GATE].__setitem__((0, 0), float("inf")), "finite"),
@@ -131,8 +179,9 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_delta_is_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "delta.safetensors"
-    save_delta(path, example())
+    path, delta = tmp_path / "delta.safetensors", example()
+    delta.sparse[FAR] = (torch.tensor([7, 90_000]), torch.ones(2))
+    save_delta(path, delta)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)

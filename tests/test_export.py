@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from families import FAMILIES, build, logits_of, random_batch, tiny_config, with_delta, write_checkpoint
-from runs import World, peaks_of, raw_tensors, read_json
+from runs import World, peaks_of, raw_tensors, read_json, tensors_of_delta
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from source_checkpoints import write_shards
@@ -99,15 +99,13 @@ def deltas(run: Run) -> dict[str, Tensor]:
     model = Checkpoint(run.model).model
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}  # of the head, beside the experts
     shapes |= {name: entry.shape for name, entry in read_store(run.model / FILE_NAME).entries.items()}
-    with safe_open(run.delta, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            if name.endswith(".indices"):
-                target = name.removesuffix(".indices")
-                dense = torch.zeros(torch.Size(shapes[target]).numel())
-                dense[file.get_tensor(name).long()] = file.get_tensor(f"{target}.values")
-                dense = dense.reshape(shapes[target])
-                transposed = getattr(model.get_submodule(target.rpartition(".")[0]), "is_transposed", False)
-                found[target] = dense.transpose(1, 2) if transposed else dense
+    tensors = tensors_of_delta(run.delta)
+    for target in (name.removesuffix(".indices") for name in tensors if name.endswith(".indices")):
+        dense = torch.zeros(torch.Size(shapes[target]).numel())
+        dense[tensors[f"{target}.indices"].long()] = tensors[f"{target}.values"]
+        dense = dense.reshape(shapes[target])
+        transposed = getattr(model.get_submodule(target.rpartition(".")[0]), "is_transposed", False)
+        found[target] = dense.transpose(1, 2) if transposed else dense
     assert found
     assert all(bool((dense != 0).any()) for dense in found.values())
     return found
@@ -127,8 +125,7 @@ def bases(run: Run) -> dict[str, Tensor]:
 
 def whole(run: Run) -> dict[str, Tensor]:
     """Routers and norms."""
-    with safe_open(run.delta, "pt") as file:
-        return {n: file.get_tensor(n) for n in file.keys() if not n.endswith((".indices", ".values"))}  # noqa: SIM118
+    return {n: t for n, t in tensors_of_delta(run.delta).items() if not n.endswith((".indices", ".values"))}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -428,7 +425,7 @@ def test_a_damaged_delta(
     damage, words = MISFITS[name]
     with safe_open(run.delta, "pt") as file:
         metadata = file.metadata()
-    tensors = load_file(run.delta)
+    tensors = tensors_of_delta(run.delta)
     damage(tensors)
     path = tmp_path / "damaged.safetensors"
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)

@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 from families import VOCAB, build, logits_of, random_batch, with_delta, write_checkpoint
-from runs import World, curve, delta_tensors, events, lasting, raw_tensors, read_json, same_delta, signal_at_step
+from runs import (
+    World,
+    curve,
+    delta_tensors,
+    events,
+    lasting,
+    raw_tensors,
+    read_json,
+    same_delta,
+    signal_at_step,
+    tensors_of_delta,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -165,7 +176,7 @@ def test_a_damaged_head_or_norm_is_one_line(
     delta, (damage, words) = delta_of(worlds("untied")), DAMAGES[what]
     with safe_open(delta, "pt") as file:
         metadata = file.metadata()
-    tensors = load_file(delta)
+    tensors = tensors_of_delta(delta)
     damage(tensors)
     path = tmp_path / "damaged.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)

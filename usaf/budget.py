@@ -567,7 +567,7 @@ class _Count:
             "4-bit experts": sum(layer.experts.stored_bytes for layer in self.shape.layers if layer.experts),
             "prefix cache": tokens * self.shape.width * work.cache_itemsize,
             "checkpoints": (work.keep_checkpoints + 1) * (self.active * STATE_BYTES + 16 * whole),
-            "delta": self.active * 8 + 4 * whole,
+            "delta": self.active * 8 + 4 * whole,  # at most: of an index that is stored as an index
             "workspace": self.workspace(),
         }
 

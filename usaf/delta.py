@@ -1,10 +1,11 @@
 """The trained result as a file: which weights, by how much, and what trained whole; nothing else.
 
-`delta.safetensors` holds `<parameter>.indices` (flat, sorted; int32 where they fit) and `<parameter>.values` (fp32)
-for each fused expert parameter and for the head, and every trained router and norm whole in fp32. A weight that was
-dropped on the way is not in it: it is at its base value, in memory and here alike. The metadata carries the fingerprint
-of the base (a delta fits one base only) and every choice that a measurement made, so that another process computes the
-same bits.
+`delta.safetensors` holds, for each fused expert parameter and for the head, `<parameter>.values` (fp32) and where they
+go, in the shorter of two ways: `<parameter>.skips`, bytes that say how many weights lie between one trained weight
+and the next (`encode_skips`; a byte and a little for each at the usual densities), or `<parameter>.indices` (flat,
+sorted; int32 where they fit). Every trained router and norm stands in it whole in fp32. A weight that was dropped is
+not in it: it is at its base value, in memory and here alike. The metadata carries the fingerprint of the base (a delta
+fits one base only) and every choice that a measurement made, so that another process computes the same bits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from usaf.errors import UserError
 from usaf.files import replacing
 from usaf.tensor_file import TensorFile, TensorFileWriter
 
-FORMAT = "usaf-delta-1"
+FORMAT = "usaf-delta-2"
+FORMATS = ("usaf-delta-1", FORMAT)  # the first had indices alone
 INT32_LIMIT = 2**31
+BLOCK = 2**20  # indices, or bytes of skips, that are encoded at a time: what that takes stays small beside them
+GOES_ON = 255  # a byte that skips so many weights and ends no skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ def save_delta(path: Path, delta: Delta) -> int:
     """Write the file, whole or not at all; returns its size in bytes."""
     tensors: dict[str, Tensor] = {}
     for name, (indices, values) in delta.sparse.items():
-        small = len(indices) == 0 or int(indices[-1]) < INT32_LIMIT
-        tensors[f"{name}.indices"] = indices.to(torch.int32) if small else indices
+        kind, places = stored_places(indices)
+        tensors[f"{name}.{kind}"] = places
         tensors[f"{name}.values"] = values
     tensors.update(delta.whole)
     metadata = {"format": FORMAT, "base_fingerprint": delta.base_fingerprint, "about": json.dumps(delta.about)}
@@ -52,22 +56,67 @@ def save_delta(path: Path, delta: Delta) -> int:
     return path.stat().st_size
 
 
+def stored_places(indices: Tensor) -> tuple[str, Tensor]:
+    """("skips" or "indices", as they are stored), whichever is shorter. indices: int64 `[n]`, sorted, each once."""
+    plain = indices.to(torch.int32) if len(indices) == 0 or int(indices[-1]) < INT32_LIMIT else indices
+    if len(indices) and int(indices[-1]) // GOES_ON + len(indices) >= plain.nbytes:  # an upper bound of the skips
+        return "indices", plain
+    return "skips", encode_skips(indices)
+
+
+def encode_skips(indices: Tensor) -> Tensor:
+    """uint8 `[n and more]`: for each index, how many weights lie between the one before it and itself: one byte for
+    each 255 of them (`GOES_ON`), and one below that for the rest. indices: int64 `[n]`, sorted, each once."""
+    blocks, last = [torch.zeros(0, dtype=torch.uint8)], -1
+    for block in indices.split(BLOCK) if len(indices) else ():
+        skips = torch.diff(block, prepend=block.new_tensor([last])) - 1
+        last = int(block[-1])
+        ends = torch.cumsum(skips // GOES_ON + 1, 0) - 1
+        encoded = torch.full((int(ends[-1]) + 1,), GOES_ON, dtype=torch.uint8)
+        encoded[ends] = (skips % GOES_ON).to(torch.uint8)
+        blocks.append(encoded)
+    return torch.cat(blocks)
+
+
+def decode_skips(encoded: Tensor) -> Tensor:
+    """What `encode_skips` was given, int64."""
+    indices = torch.empty(count_of_skips(encoded), dtype=torch.int64)
+    known, passed = 0, 0  # indices, and the skips before the block
+    for block in encoded.split(BLOCK) if len(encoded) else ():
+        ends = (block != GOES_ON).nonzero().squeeze(1)
+        sums = torch.cumsum(block, 0, dtype=torch.int64)
+        indices[known : known + len(ends)] = sums[ends] + torch.arange(known + passed, known + passed + len(ends))
+        known, passed = known + len(ends), passed + int(sums[-1])
+    return indices
+
+
+def count_of_skips(encoded: Tensor) -> int:
+    return len(encoded) - int((encoded == GOES_ON).sum())
+
+
 def load_delta(path: Path) -> Delta:
     """Raises UserError for anything that is not a whole delta file."""
     if not path.is_file():
         raise UserError(f"--delta {path}: no such file; a finished run leaves it as runs/<tag>/delta.safetensors")
     file = TensorFile(path, "copy it again, or run again")
     metadata = file.metadata
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in FORMATS:
         raise UserError(f"{path}: is not a delta of this program ({FORMAT}); give the delta.safetensors of a run")
     tensors = {name: file.read(name) for name in file.entries}
     fault = find_fault(tensors, metadata)
     if fault is not None:
         raise UserError(f"{path}: {fault}; the file is damaged, copy it again, or run again")
-    names = [name.removesuffix(".indices") for name in tensors if name.endswith(".indices")]
-    sparse = {n: (tensors[f"{n}.indices"].to(torch.int64), tensors[f"{n}.values"]) for n in names}
-    whole = {n: t for n, t in tensors.items() if not n.endswith((".indices", ".values"))}
+    sparse = {}
+    for name in (name.removesuffix(".values") for name in tensors if name.endswith(".values")):
+        sparse[name] = (read_places(tensors, name), tensors[f"{name}.values"])
+    whole = {n: t for n, t in tensors.items() if not n.endswith((".indices", ".skips", ".values"))}
     return Delta(sparse, whole, metadata["base_fingerprint"], json.loads(metadata["about"]))
+
+
+def read_places(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """The indices of a parameter's trained weights, int64, of tensors in which `find_fault` finds nothing."""
+    skips = tensors.get(f"{name}.skips")
+    return tensors[f"{name}.indices"].to(torch.int64) if skips is None else decode_skips(skips)
 
 
 def find_fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
@@ -80,17 +129,29 @@ def find_fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | No
         return "its metadata are not those of a delta"
     for name, tensor in tensors.items():
         stem, _, part = name.rpartition(".")
-        if part == "indices":
+        if part in ("indices", "skips"):
             values = tensors.get(f"{stem}.values")
-            if values is None or values.shape != tensor.shape or tensor.ndim != 1:
+            found = fault_of_indices(tensor) if part == "indices" else fault_of_skips(tensor)
+            if found is not None:
+                return f"{name} {found}"
+            count = len(tensor) if part == "indices" else count_of_skips(tensor)
+            if values is None or values.shape != (count,):
                 return f"{stem} has not one value for each index"
-            if tensor.dtype not in (torch.int32, torch.int64) or bool((tensor[1:] <= tensor[:-1]).any()):
-                return f"{name} are not whole numbers in rising order"
-        elif part == "values" and f"{stem}.indices" not in tensors:
-            return f"{name} have no indices"
+        elif part == "values" and (f"{stem}.indices" in tensors) == (f"{stem}.skips" in tensors):
+            return f"{name} have no indices, or twice"
         elif tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             return f"{name} holds something else than finite numbers in float32"
     return None
+
+
+def fault_of_indices(indices: Tensor) -> str | None:
+    whole = indices.ndim == 1 and indices.dtype in (torch.int32, torch.int64)
+    return None if whole and not bool((indices[1:] <= indices[:-1]).any()) else "are not whole numbers in rising order"
+
+
+def fault_of_skips(skips: Tensor) -> str | None:
+    whole = skips.ndim == 1 and skips.dtype == torch.uint8
+    return None if whole and (len(skips) == 0 or int(skips[-1]) != GOES_ON) else "are not bytes, or break off"
 
 
 def experts_moved(delta: Delta, numel_per_expert: dict[str, int]) -> dict[str, int]:
