@@ -182,6 +182,7 @@ def split_anywhere(model: SparseModel, record: Record) -> None:
         assert torch.equal(piecewise, whole)  # type: ignore[arg-type]
         for cut in cuts[1:-1]:
             below = model.run_layers(BATCH, 0, cut)
+            assert below.shape[2:] == model.handover.token_shape(cut)
             assert torch.equal(model.run_layers(BATCH, cut, model.num_layers, below), whole), cut
     if len(cuts) < model.num_layers + 1:
         record.notes.append("some layers train together with the one below")

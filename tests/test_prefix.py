@@ -546,7 +546,8 @@ def test_full_disk(
     model: SparseModel, rows: Rows, tmp_path: Path, expected: dict[int, Tensor], monkeypatch: pytest.MonkeyPatch,
     passes: list[tuple[int, int]], free_chunks: int,
 ) -> None:  # fmt: skip
-    """The cache keeps what fits, says so once, and the rest is computed on demand, to the same bits."""
+    """The cache keeps what fits, says so once, and the rest is computed on demand, to the same bits. What does not fit
+    is not computed in advance, in the first process as little as in the next."""
     ends = [0, 33, 64, 81, 93]
     spare = 1000  # 5% of a disk of 20,000 bytes are left alone
     room = spare + ends[free_chunks] * 128 + 1
@@ -566,13 +567,30 @@ def test_full_disk(
     assert "PREFIX_CACHE_DIR" in note
     assert states.cache is not None
     assert sorted(states.cache.done) == list(range(free_chunks))
+    assert [size for _, size in passes] == [len(chunk) for chunk in CHUNKS[:free_chunks] for _ in range(2)]
+    assert states.cache.folder.is_dir() == (free_chunks > 0)
     assert_same_bits(all_rows(states), expected)
-    if free_chunks:  # the size is known from the listing, so the next process does not work for nothing
-        passes.clear()
-        assert len(fill(states_of(model, rows, tmp_path))) == 1
-        assert passes == []
+    passes.clear()
+    assert len(fill(states_of(model, rows, tmp_path))) == 1
+    assert passes == []
     monkeypatch.undo()
     assert_recovers(model, rows, tmp_path, expected)
+
+
+@pytest.mark.parametrize("fault", [PermissionError(errno.EACCES, "Permission denied"), UserError("F:: no such drive")])
+def test_a_disk_that_cannot_be_asked(
+    model: SparseModel, rows: Rows, tmp_path: Path, expected: dict[int, Tensor], monkeypatch: pytest.MonkeyPatch,
+    passes: list[tuple[int, int]], fault: Exception,
+) -> None:  # fmt: skip
+    def raises(folder: Path) -> Path:
+        raise fault
+
+    monkeypatch.setattr(prefix, "existing_parent", raises)
+    states = states_of(model, rows, tmp_path)
+    (note,) = fill(states)
+    assert str(fault.args[-1]) in note
+    assert passes == []
+    assert_same_bits(all_rows(states), expected)
 
 
 @pytest.mark.parametrize(
@@ -663,7 +681,7 @@ def test_writers_at_the_same_time(tmp_path: Path) -> None:
     values = {i: torch.randn(n, 6, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)}
 
     def opened() -> prefix._CacheFile:
-        return prefix._CacheFile(tmp_path, {"start": 1}, rows, chunks, len(chunks), torch.float32)
+        return prefix._CacheFile(tmp_path, {"start": 1}, rows, chunks, len(chunks), torch.float32, (6,))
 
     def write(seed: int) -> None:
         cache = opened()

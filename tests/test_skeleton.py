@@ -39,6 +39,7 @@ def test_the_hidden_state_alone_crosses_in_most_families() -> None:
     assert [crossing(found, b) for b in range(5)] == [[]] + [[(b, ("out",), (64,))] for b in range(4)]
     assert found.segments(1, 4) == [(1, 2), (2, 3), (3, 4)]
     assert found.width(2) == 64
+    assert found.token_shape(2) == (64,)
 
 
 def test_a_shared_expert_without_neurons_is_no_obstacle() -> None:
@@ -48,7 +49,9 @@ def test_a_shared_expert_without_neurons_is_no_obstacle() -> None:
 
 
 def test_several_residual_streams_are_one_state() -> None:
-    assert crossing(asked("deepseek_v4"), 2) == [(1, ("out",), (2, 64))]
+    found = asked("deepseek_v4")
+    assert crossing(found, 2) == [(1, ("out",), (2, 64))]
+    assert found.token_shape(2) == (2, 64)
 
 
 def test_a_routers_state_goes_along() -> None:
@@ -56,6 +59,7 @@ def test_a_routers_state_goes_along() -> None:
     assert crossing(found, 2) == [(1, ("out", 0), (64,)), (1, ("out", 1), (16,))]
     assert crossing(found, 4) == [(3, ("out", 0), (64,))]  # nothing routes after the last layer
     assert found.width(2) == 80
+    assert found.token_shape(2) == (80,)
 
 
 def test_keys_and_values_go_along_as_long_as_a_later_layer_uses_them() -> None:

@@ -14,6 +14,7 @@ it may be deleted at any moment. Left out: removing caches of earlier runs, whic
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from torch import Tensor
 from usaf.console import say
 from usaf.data import Rows
 from usaf.errors import UserError
-from usaf.files import fingerprint, flush, flush_folder
+from usaf.files import existing_parent, fingerprint, flush, flush_folder
 from usaf.model import SparseModel
 from usaf.tensor_file import tensor_bytes
 from usaf.workspace import PRIVATE, Memory
@@ -75,7 +76,7 @@ class BoundaryStates:
         if folder is not None and start > 0:
             limit = self._cacheable(cached_rows)
             about = {**identity, "start": start, "dtype": str(dtype), "layout": LAYOUT, "rows": rows.fingerprint()}
-            self.cache = _CacheFile(folder, about, rows, chunks, limit, dtype)
+            self.cache = _CacheFile(folder, about, rows, chunks, limit, dtype, model.handover.token_shape(start))
 
     def _cacheable(self, cached_rows: int) -> int:
         """How many chunks, from the first, are cached."""
@@ -202,6 +203,10 @@ class _NotWritten(Exception):
     """Why the cache cannot take more, in words."""
 
 
+def could_not_be_written(error: OSError) -> str:
+    return f"could not be written ({error.strerror or error})"
+
+
 class _CacheFile:
     """The folder `<fingerprint>` of one cache. It is made by the first write.
 
@@ -218,14 +223,14 @@ class _CacheFile:
 
     def __init__(
         self, folder: Path, about: dict[str, object], rows: Rows, chunks: list[list[int]], limit: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype, token_shape: tuple[int, ...],
     ) -> None:  # fmt: skip
         key = fingerprint({**about, "chunks": chunks})
         self.folder = folder / key[:32]
         self.path, self.listing = self.folder / "states.bin", self.folder / "done.jsonl"
         self.about = {"fingerprint": key, **about}
         self.rows, self.chunks, self.dtype = rows, chunks[:limit], dtype
-        self.token_shape: tuple[int, ...] | None = None
+        self.token_shape, self.token_bytes = token_shape, math.prod(token_shape) * dtype.itemsize
         self.starts: dict[int, int] = {}  # row -> tokens before it in states.bin
         at = 0
         for chunk in self.chunks:
@@ -244,9 +249,8 @@ class _CacheFile:
                 c, shape, sums = entry["chunk"], tuple(entry["shape"]), entry["crc32"]
             except (ValueError, TypeError, KeyError):
                 continue  # torn by a killed process, or by two that wrote at once
-            if c >= len(self.chunks) or len(sums) != len(self.chunks[c]):
+            if c >= len(self.chunks) or len(sums) != len(self.chunks[c]) or shape != self.token_shape:
                 continue
-            self.token_shape = shape
             if self._place(self.chunks[c][-1])[1] <= size_bytes:
                 self.done[c] = sums
 
@@ -258,24 +262,25 @@ class _CacheFile:
 
     def _place(self, row: int) -> tuple[int, int]:
         """Where a row begins and ends in states.bin, in bytes."""
-        assert self.token_shape is not None
-        token_bytes = torch.Size(self.token_shape).numel() * self.dtype.itemsize
-        begin = self.starts[row] * token_bytes
-        return begin, begin + self.rows.length(row) * token_bytes
+        begin = self.starts[row] * self.token_bytes
+        return begin, begin + self.rows.length(row) * self.token_bytes
 
     def require_room(self, chunks: Sequence[int]) -> None:
-        """Raises _NotWritten where the disk has no room for these chunks; passes while their size is not known yet."""
-        if self.token_shape is None or not self.folder.is_dir():
-            return
+        """Raises _NotWritten where the disk has no room for these chunks, or cannot be asked. Nothing is written, and
+        the folder need not exist yet."""
         needed = sum(end - begin for c in chunks for begin, end in map(self._place, self.chunks[c]))
-        total, _, free = shutil.disk_usage(self.folder)
+        try:
+            total, _, free = shutil.disk_usage(existing_parent(self.folder))
+        except OSError as error:
+            raise _NotWritten(could_not_be_written(error)) from None
+        except UserError as error:  # no such drive
+            raise _NotWritten(str(error)) from None
         if needed > free - min(SPARE_DISK * total, SPARE_DISK_BYTES):
             raise _NotWritten(f"the disk is full ({free / 1e9:.2f} GB free)")
 
     def write(self, states: dict[int, dict[int, Tensor]]) -> None:
         """Place the rows of whole chunks, then list them. Raises _NotWritten; chunks listed before stay good."""
-        some = next(iter(next(iter(states.values())).values()))
-        self.token_shape = tuple(some.shape[1:])
+        assert all(state.shape[1:] == self.token_shape for rows in states.values() for state in rows.values())
         try:
             self._prepare_folder()
             self.require_room(list(states))
@@ -286,7 +291,7 @@ class _CacheFile:
             self._list(sums)
             flush_folder(self.folder)
         except OSError as error:
-            raise _NotWritten(f"could not be written ({error.strerror or error})") from None
+            raise _NotWritten(could_not_be_written(error)) from None
         self.done.update(sums)
 
     def _prepare_folder(self) -> None:
@@ -303,7 +308,6 @@ class _CacheFile:
         return zlib.crc32(data)
 
     def _list(self, sums: dict[int, list[int]]) -> None:
-        assert self.token_shape is not None
         lines = [json.dumps({"chunk": c, "shape": self.token_shape, "crc32": s}) for c, s in sums.items()]
         with open(self.listing, "ab") as file:
             file.write("\n".join(["", *lines, ""]).encode("ascii"))  # a torn line before never joins the first of these
@@ -311,7 +315,6 @@ class _CacheFile:
 
     def read(self, chunk: int, row: int) -> Tensor | None:
         """[length, ...], or None where the file no longer holds what was written; the chunk is then missing."""
-        assert self.token_shape is not None
         begin, end = self._place(row)
         buffer = bytearray(end - begin)
         try:

@@ -167,7 +167,13 @@ class Handover:
 
     def width(self, boundary: int) -> int:
         """Numbers a token that cross `boundary`, one of the cuts."""
-        return sum(math.prod(p.features or ()) for p in self.needed[boundary])
+        return math.prod(self.token_shape(boundary))
+
+    def token_shape(self, boundary: int) -> tuple[int, ...]:
+        """Shape of what crosses `boundary`, one of the cuts, for a token: of the one tensor, or of several in a row
+        (`SparseModel.pack`)."""
+        crossing = [p.features or () for p in self.needed[boundary]]
+        return crossing[0] if len(crossing) == 1 else (sum(map(math.prod, crossing)),)
 
     def segments(self, start: int, stop: int) -> list[tuple[int, int]]:
         """[start, stop) in the smallest pieces between two cuts."""
