@@ -50,7 +50,7 @@ WHOLE_SHARE = 0.98  # of the prefix's tokens: less, and a part came from an earl
 ROWS = {
     "quantise": ((), "quantise"), "load": (("load",), None), "frozen prefix": (("prefix",), "prefix"),
     "evaluate before": (("evaluate before",), "evaluations"), "importance": (("importance",), "importance"),
-    "learning rates": (("step",), "learning rates"),
+    "learning rates": (("learning rates",), "learning rates"),
     "steps": (("step", "checkpoint"), "steps"), "reselections": (("step", "reselection"), "reselections"),
     "evaluate": (("evaluate", "checkpoint"), "evaluations"), "checkpoints": ((), "checkpoints"),
 }  # fmt: skip

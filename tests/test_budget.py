@@ -150,6 +150,26 @@ def test_captured_pairs_grow_with_steps_micro_batches_and_layers(shape: ModelSha
     assert "captured pairs" not in items(plan_of(shape, capture_steps=0), "step, backward")
 
 
+def test_rates_hold_what_enters_the_layers_and_the_head(shape: ModelShape) -> None:
+    assert not [p for p in plan_of(shape, measured_rates=0).phases if p.name.startswith("learning rates")]
+    plan, tokens = plan_of(shape, measured_rates=2), 64 * 512
+    assert items(plan, "learning rates")["inputs of the line"] == int(SLACK * 2 * 4 * tokens * HIDDEN)
+    assert "learning rates, prefix" not in [phase.name for phase in plan.phases]
+    for changes, rows, kinds in (
+        ({"head_trains": False}, 64, 1),
+        ({"start": 0}, 64, 1),
+        ({"importance_rows": 2}, 8, 2),
+    ):
+        found = items(plan_of(shape, measured_rates=2, **changes), "learning rates")["inputs of the line"]
+        assert found == int(SLACK * kinds * 4 * rows * 512 * HIDDEN), changes
+    uncached = items(plan_of(shape, measured_rates=2, cached=False), "learning rates, prefix")
+    assert uncached["recomputed prefix"] == items(plan_of(shape, cached=False), "step, prefix")["recomputed prefix"]
+    assert uncached["inputs of the line"] == int(SLACK * 2 * 4 * tokens * HIDDEN)
+    mapped = plan_of(shape, measured_rates=2, spilled=frozenset({"importance"}))
+    assert "inputs of the line" not in items(mapped, "learning rates")
+    assert mapped.disk["workspace"] >= 2 * 4 * tokens * HIDDEN
+
+
 def test_logits_are_one_chunk_of_the_vocabulary(shape: ModelShape) -> None:
     small, large = (items(plan_of(shape, head_chunk_tokens=n), "step, head")["logits of a chunk"] for n in (100, 200))
     assert large - small == pytest.approx(SLACK * 100 * 4 * (VOCAB + 4 * HIDDEN), rel=1e-6)

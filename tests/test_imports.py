@@ -35,7 +35,8 @@ ROWS = [
         "trained_parts",
     },  # level 4, in two rows: both serve importance and evaluation
     {"importance", "evaluation", "run", "model_shape"},
-    {"trainer", "learning_rate", "budget"},  # level 5
+    {"trainer", "learning_rate"},  # level 5
+    {"budget"},
     {"memory_limit"},
     {"session"},  # level 6: what every command needs before it works
     {"summary", "plan_time"},

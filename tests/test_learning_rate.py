@@ -15,6 +15,7 @@ from test_importance import Pair, make_pair, make_rows
 from test_trainer import ROWS
 from torch import Tensor
 
+from usaf import workspace
 from usaf.data import DataOrder, Rows
 from usaf.importance import Importance, find_important
 from usaf.learning_rate import (
@@ -32,6 +33,7 @@ from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates
 from usaf.settings import Settings
 from usaf.trained_parts import open_head
+from usaf.workspace import PRIVATE, Memory, Workspace
 
 # ---- the search along a line ----------------------------------------------------------------------------------------
 
@@ -180,7 +182,9 @@ def test_the_loss_falls_at_first_by_the_sum_of_the_gradients(pair: Pair, kind: s
 # ---- the rates ------------------------------------------------------------------------------------------------------
 
 
-def measured(folder: Path, factor: float = 1.0, **settings: Any) -> tuple[dict[str, float], dict[str, Any]]:
+def measured(
+    folder: Path, memory: Memory = PRIVATE, factor: float = 1.0, **settings: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Of a model whose up projections are divided, and down projections multiplied by `factor`: the same function."""
     model = random_model("qwen3_moe")
     with torch.no_grad():
@@ -196,7 +200,7 @@ def measured(folder: Path, factor: float = 1.0, **settings: Any) -> tuple[dict[s
     states = BoundaryStates(ours, ROWS, order.chunks, 2, torch.float32, {}, None)
     found = importance_of(ours, states, ROWS, range(8))
     points: list[int] = []
-    rates, turns = measure_learning_rates(Settings(**settings), ours, states, ROWS, order, found, points.append)
+    rates, turns = measure_learning_rates(Settings(**settings), ours, states, ROWS, order, found, points.append, memory)
     assert len(points) == sum(turn.points + 1 for turn in turns.values())
     return rates, turns
 
@@ -204,7 +208,7 @@ def measured(folder: Path, factor: float = 1.0, **settings: Any) -> tuple[dict[s
 def test_a_model_that_computes_the_same_with_larger_weights_gets_a_larger_turn(tmp_path: Path) -> None:
     """What no rule of widths sees: the rate of the experts goes with the root of it, the head's not at all."""
     rates, turns = measured(tmp_path / "a")
-    scaled_rates, scaled = measured(tmp_path / "b", 4.0)
+    scaled_rates, scaled = measured(tmp_path / "b", factor=4.0)
     assert scaled["lr_peak"].at == pytest.approx(4 * turns["lr_peak"].at, rel=0.05)
     assert scaled["head_lr"].at == pytest.approx(turns["head_lr"].at, rel=0.01)
     assert scaled_rates["lr_peak"] == pytest.approx(2 * rates["lr_peak"], rel=0.1)
@@ -221,6 +225,31 @@ def test_rates_by_hand(tmp_path: Path) -> None:
     assert measured(tmp_path / "a", lr_peak=1e-3)[0].keys() == {"head_lr"}
     assert measured(tmp_path / "a", head_lr=1e-3)[0].keys() == {"lr_peak"}
     assert measured(tmp_path / "a", lr_peak=1e-3, head_lr=1e-3)[0] == {}
+
+
+def test_what_enters_the_trained_layers_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cache, however many points the lines have; and wherever it lies meanwhile, the rates are the same."""
+    monkeypatch.setattr(workspace, "SMALLEST_BYTES", 1)
+    chosen = fresh_rows(DataOrder(len(ROWS), 4, 2, seed=0), ROWS, 8)
+    asked: list[list[int]] = []
+    hidden, begin = BoundaryStates.hidden, Line.__init__
+
+    def noted(self: BoundaryStates, rows: list[int]) -> Tensor | None:
+        asked.append(rows)
+        return hidden(self, rows)
+
+    def begun(self: Line, *args: Any) -> None:
+        asked.clear()  # by importance
+        begin(self, *args)
+
+    monkeypatch.setattr(BoundaryStates, "hidden", noted)
+    monkeypatch.setattr(Line, "__init__", begun)
+    rates = measured(tmp_path / "a")[0]
+    assert asked == [chosen[i : i + 2] for i in range(0, len(chosen), 2)]
+    mapped = Workspace(tmp_path / "mapped")
+    assert measured(tmp_path / "a", mapped)[0] == rates
+    tokens = sum(2 * max(map(ROWS.length, chosen[i : i + 2])) for i in range(0, len(chosen), 2))  # with their padding
+    assert mapped.bytes == 2 * tokens * 64 * 4  # and what enters the head
 
 
 def test_a_gradient_that_leads_nowhere_leaves_the_rule_of_widths(

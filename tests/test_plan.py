@@ -184,6 +184,9 @@ def test_times_grow_with_what_they_are_of(planned: Plan) -> None:
     one, both = (times(measured_rates=n)["learning rates"] for n in (1, 2))
     assert one.operations < both.operations < 2 * one.operations  # the head's line passes the layers once
     assert one.seconds < both.seconds
+    again = times(measured_rates=2, cached=False)["learning rates"].operations - both.operations
+    passes = both.operations / plan_time.LINE_POINTS  # of two layers; as many are frozen
+    assert 0 < again < 1.1 * passes  # once, not at every point
     assert "prefix" not in times(start=0)
     uncached = times(cached=False)
     assert "prefix" not in uncached

@@ -7,6 +7,7 @@ hold by their code: T tokens of width H, P = T top_k pairs, n active weights,
 
     importance   inputs of every trainable layer [T, H], and one layer's pairs: X, dOut [T, H], dh [P, out], a [P, in];
                  with those of the top layer, what enters the head [T, H] until it is scored
+    rates        what enters the trainable layers, and the head, of the sequences that they are measured on [T, H]
     step         what each trainable layer keeps (`model_shape`) and h [P, out]; one chunk's logits
     capture      pairs of CAPTURE_STEPS x ACCUM micro-batches, of every trainable layer, and what the head needs
     always       delta, rows and columns, two moments, generation: 24 bytes an active weight, and 4 for its gradient
@@ -32,6 +33,7 @@ from functools import partial
 
 from usaf.errors import UserError
 from usaf.importance import ROWS_AT_ONCE, head_weights_that_count, trained_counts
+from usaf.learning_rate import most_sequences
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.prefix import STRETCH_BYTES
 from usaf.settings import Settings, parse_size
@@ -97,7 +99,7 @@ class Work:
     spilled: frozenset[str] = frozenset()
     quantises: bool = False  # the 4-bit file is made in this process
     on_device: bool = False  # products run on a GPU, whose memory counts apart
-    measured_rates: int = 0  # of LR_PEAK and HEAD_LR (`learning_rate`); needs less memory than a step
+    measured_rates: int = 0  # of LR_PEAK and HEAD_LR (`learning_rate`)
     projections: str = "down"
     different_targets: int | None = None  # of the training text (`Rows`); None before it is read: the whole vocabulary
 
@@ -220,8 +222,9 @@ def memory_plan(shape: ModelShape, work: Work, baseline_bytes: int) -> MemoryPla
     """
     count = _Count(shape, work)
     phases = [
-        count.load(), *count.prefix(), count.evaluation("evaluate before", 0), *count.importance(), *count.step(),
-        *count.reselection(), count.checkpoint(), count.evaluation("evaluate", count.state_bytes()),
+        count.load(), *count.prefix(), count.evaluation("evaluate before", 0), *count.importance(),
+        *count.learning_rates(), *count.step(), *count.reselection(), count.checkpoint(),
+        count.evaluation("evaluate", count.state_bytes()),
     ]  # fmt: skip
     elsewhere = ON_DEVICE if work.on_device else set()
     always = {"process": baseline_bytes + SCRATCH_BYTES, **count.weights()}
@@ -346,6 +349,11 @@ class _Count:
         if not work.cached:
             items["recomputed prefix"] = self.recomputed(row, chunk)
         return Phase(name, items)
+
+    def prefix_again(self, row: int, chunk: int) -> dict[str, int]:
+        """A chunk passes the frozen layers when it is needed."""
+        working = self.working(self.shape.layers[: self.work.start], chunk, row) + self.widened()
+        return {"recomputed prefix": self.recomputed(row, chunk), "one chunk in one layer": working}
 
     def recomputed(self, row: int, chunk: int) -> int:
         """Without a cache: a chunk passes the frozen layers when it is needed, and the last two are kept."""
@@ -496,6 +504,33 @@ class _Count:
         chunks = min(2 * -(-work.importance_rows // (2 * rows)), work.importance_rows)
         return -(-work.importance_rows // max(1, chunks)) * work.train_row
 
+    # -- learning rates
+
+    def line_inputs(self) -> int:
+        """What enters the trainable layers, and the head, of as many sequences as may go along the line."""
+        kinds = int(self.work.start > 0) + int(self.work.head_trains)
+        return most_sequences(self.work.importance_rows) * self.work.train_row * self.hidden * kinds
+
+    def learning_rates(self) -> list[Phase]:
+        """A micro-batch at a time without gradients; those of importance are still there."""
+        work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
+        if not work.measured_rates:
+            return []
+        held = {
+            "training state": self.state_bytes(), "chosen indices": 8 * self.active,
+            "inputs of the line": 0 if "importance" in work.spilled else self.line_inputs(),
+        }  # fmt: skip
+        working = self.working(self.trainable, tokens, row) + self.shape.outside.at(tokens, row) + self.widened()
+        phases = [Phase("learning rates", {
+            **held, "one chunk in one layer, or logits": max(working, tokens * self.hidden + self.head(False)),
+        })]  # fmt: skip
+        if not work.cached and work.start:
+            chunk = work.chunk_tokens(row, work.train_tokens)
+            phases.append(Phase("learning rates, prefix", {**held, **self.prefix_again(row, chunk)}))
+        return phases
+
+    # -- steps
+
     def state_bytes(self) -> int:
         """Deltas and their moments, gradients included; those of routers and norms too."""
         return self.active * (STATE_BYTES + GRADIENT_BYTES) + 16 * self.trained.whole
@@ -522,9 +557,7 @@ class _Count:
         if not work.cached and work.start:
             chunk = work.chunk_tokens(row, work.train_tokens)
             phases.append(Phase("step, prefix", {
-                "training state": self.state_bytes(), "captured pairs": captured,
-                "recomputed prefix": self.recomputed(row, chunk),
-                "one chunk in one layer": self.working(shape.layers[: work.start], chunk, row) + self.widened(),
+                "training state": self.state_bytes(), "captured pairs": captured, **self.prefix_again(row, chunk),
             }))  # fmt: skip
         return phases
 
@@ -583,6 +616,7 @@ class _Count:
         if "importance" in work.spilled:
             inputs = (len(self.shape.segments(work.start)) + 2) * total * self.hidden
             sizes.append(inputs + max(self.pairs(experts, total) for experts in self.moe) + self.head_kept(total))
+            sizes.append(self.line_inputs() if work.measured_rates else 0)
         return max(sizes)
 
     def device(self) -> dict[str, int]:
@@ -712,6 +746,8 @@ def remedy(work: Work, plan: MemoryPlan) -> str:
         return "lower IMPORTANCE_SAMPLES or SEQ_LEN, or raise TRAIN_FROM"
     if "captured pairs" in plan.highest.items and plan.highest.items["captured pairs"] > plan.highest.private / 2:
         return "lower CAPTURE_STEPS or MICROBATCH, or raise TRAIN_FROM"
+    if phase.startswith("learning rates"):
+        return "set LR_PEAK and HEAD_LR, lower SEQ_LEN, or raise TRAIN_FROM"
     if phase.startswith(("step", "reselection", "checkpoint")):
         return "lower MICROBATCH or SEQ_LEN, or raise TRAIN_FROM"
     return "lower SEQ_LEN, or raise TRAIN_FROM"

@@ -149,7 +149,7 @@ def find_important(
     memory = workspace or PRIVATE
     chunks = sample_chunks(samples, chunk_rows)
     batches = [rows.batch(chunk) for chunk in chunks]
-    entering = [_kept(memory, states.hidden(chunk)) for chunk in chunks]
+    entering = [states.kept(chunk, memory) for chunk in chunks]
     segments = model.handover.segments(states.start, model.num_layers)
     inputs = _forward(model, batches, entering, segments[:-1], memory, progress)
     gradients: list[Tensor] = []  # of the loss, at what leaves the segment, by chunk
@@ -187,10 +187,6 @@ def find_important(
             head.captured.clear()
     half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
     return Importance(active, gradient_at, half_overlap, len(samples))
-
-
-def _kept(memory: Memory, hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else memory.keep(hidden)
 
 
 @torch.no_grad()

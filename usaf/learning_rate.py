@@ -63,10 +63,15 @@ class Turn:
     points: int
 
 
+def most_sequences(chosen_from: int) -> int:
+    """How many go along the line at most, where so many have chosen the weights."""
+    return max(chosen_from, LEAST_SEQUENCES)
+
+
 def fresh_rows(order: DataOrder, rows: Rows, seen: int) -> list[int]:
     """The sequences along the line: the first of training's order that importance, which had the first `seen`, has not
     met. Where the data end before, some of those that it has."""
-    taken = order.first_rows(min(seen + max(seen, LEAST_SEQUENCES), len(rows)))
+    taken = order.first_rows(min(seen + most_sequences(seen), len(rows)))
     chosen: list[int] = []
     targets = 0
     for row in taken[max(0, min(seen, len(taken) - LEAST_SEQUENCES)) :]:
@@ -106,7 +111,8 @@ def turning_point(loss: Callable[[float], float], rest: float, guess: float) -> 
 class Line:
     """The loss over some sequences with the chosen weights of a kind moved; afterwards all deltas are 0 again.
 
-    gradients: tensor -> the mean loss's gradient at its active weights, in their order.
+    gradients: tensor -> the mean loss's gradient at its active weights, in their order. memory: where what enters the
+    trained layers lies, and then the head, of all sequences.
     """
 
     def __init__(
@@ -117,7 +123,8 @@ class Line:
         self.parts = [list(sequences[i : i + microbatch]) for i in range(0, len(sequences), microbatch)]
         self.batches = [rows.batch(part) for part in self.parts]
         self.gradients = gradients
-        self.kept: list[Tensor] = []
+        self.entering = [states.kept(part, memory) for part in self.parts]  # not computed anew at each point
+        self.to_head: list[Tensor] = []
         head = model.head_name if model.head is not None else None
         self.experts = {n: w for n, w in model.sparse_weights(states.start).items() if n != head}
         self.head: dict[str, SparseWeights[Any]] = {} if model.head is None else {model.head_name: model.head}
@@ -128,7 +135,8 @@ class Line:
 
     def _hidden(self, i: int) -> Tensor:
         """What leaves the final norm, of micro-batch i."""
-        entering = self.states.hidden(self.parts[i])
+        kept = self.entering[i]
+        entering = None if kept is None else kept.to(self.model.backend.device)
         return self.model.run_layers(self.batches[i], self.states.start, self.model.num_layers, entering)
 
     def _loss(self, hidden: Iterable[Tensor]) -> float:
@@ -148,10 +156,10 @@ class Line:
     @torch.no_grad()
     def loss_with_head(self, t: float) -> float:
         """With the head's chosen weights moved by t. What the head is given does not depend on them, and is kept."""
-        if not self.kept:
-            self.kept = [self.memory.keep(self._hidden(i)) for i in range(len(self.parts))]
+        if not self.to_head:
+            self.to_head = [self.memory.keep(self._hidden(i)) for i in range(len(self.parts))]
         self._move(self.head, t)
-        loss = self._loss(hidden.to(self.model.backend.device) for hidden in self.kept)
+        loss = self._loss(hidden.to(self.model.backend.device) for hidden in self.to_head)
         self._move(self.head, 0.0)
         return loss
 
@@ -163,7 +171,7 @@ def measure_learning_rates(
     """(LR_PEAK and HEAD_LR as far as they are not set and something trains at them, by the names of the fields; where
     their lines turned). The chosen weights are active, their deltas 0, before and after.
 
-    `progress` is called after each point of a line. `memory`: where the head's inputs lie meanwhile.
+    `progress` is called after each point of a line. `memory`: see `Line`.
     """
     by_width = rate_by_width(model.moe_from(states.start)[0].banks[0].part_columns, settings.frac)
     line = Line(

@@ -39,7 +39,7 @@ from usaf.experts import attach_banks, experts_forward, is_experts_module
 from usaf.importance import for_each_part, grow_candidates, part_gradient, score_bank
 from usaf.kernels.decode import decode_expert
 from usaf.kernels.scan import at_least
-from usaf.learning_rate import ENOUGH_TARGETS, LEAST_SEQUENCES
+from usaf.learning_rate import ENOUGH_TARGETS, LEAST_SEQUENCES, most_sequences
 from usaf.linear import FrozenLinear
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.optimizer import Adam
@@ -564,20 +564,22 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
 
 
 def learning_rates_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
-    """Forward passes alone; of the head's line one through the layers."""
+    """Forward passes alone; of the head's line one through the layers, and of both one through those without a
+    cache."""
     if not work.measured_rates:
         return []
-    rows = min(max(LEAST_SEQUENCES, -(-ENOUGH_TARGETS // work.train_row)), max(LEAST_SEQUENCES, work.importance_rows))
+    rows = min(max(LEAST_SEQUENCES, -(-ENOUGH_TARGETS // work.train_row)), most_sequences(work.importance_rows))
+    entering = _Pass(shape, rates, work.train_row)
+    entering.prefix(work, work.step_tokens, work.train_tokens)
     one = _Pass(shape, rates, work.train_row)
-    one.prefix(work, work.step_tokens, work.train_tokens)
     for layer in shape.layers[work.start :]:
         one.layer(layer, work.step_tokens, training=False)
     of_head = _Pass(shape, rates, work.train_row)
     of_head.head(work.step_tokens, work.head_chunk_tokens, gradient=False)
     passes = LINE_POINTS + (work.measured_rates - 1), LINE_POINTS * work.measured_rates
     parts = rows / work.microbatch
-    seconds = parts * (passes[0] * one.seconds + passes[1] * of_head.seconds)
-    operations = parts * (passes[0] * one.operations + passes[1] * of_head.operations)
+    seconds = parts * (entering.seconds + passes[0] * one.seconds + passes[1] * of_head.seconds)
+    operations = parts * (entering.operations + passes[0] * one.operations + passes[1] * of_head.operations)
     return [PhaseTime("learning rates", seconds, operations=operations)]
 
 

@@ -198,6 +198,11 @@ class BoundaryStates:
             hidden[i, : len(state)] = state
         return hidden.to(self.model.backend.device)
 
+    def kept(self, rows: Sequence[int], memory: Memory) -> Tensor | None:
+        """`hidden`, on the host in `memory`: for what needs it more than once, since it may have to be computed."""
+        hidden = self.hidden(rows)
+        return None if hidden is None else memory.keep(hidden)
+
 
 class _NotWritten(Exception):
     """Why the cache cannot take more, in words."""
