@@ -355,7 +355,7 @@ class Bench:
         unset = replace(self.values, lr_peak=None, head_lr=None)
         with phase("rates", 0, "point") as bar, self.watch() as seen:
             _, turns = measure_learning_rates(unset, session.model, states, rows, session.order, found, bar.update)
-        lengths = self.lengths(rows, fresh_rows(session.order, rows, found.sequences))
+        lengths = self.lengths(rows, fresh_rows(session.order, rows, found.sequences).trained)
         points = {name: 1 + turn.points for name, turn in turns.items()}  # and where the line begins
         through = points["lr_peak"] * lengths
         work = self.forward_from_start(through, head=True)

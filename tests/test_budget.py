@@ -165,6 +165,8 @@ def test_rates_hold_what_enters_the_layers_and_the_head(shape: ModelShape) -> No
     uncached = items(plan_of(shape, measured_rates=2, cached=False), "learning rates, prefix")
     assert uncached["recomputed prefix"] == items(plan_of(shape, cached=False), "step, prefix")["recomputed prefix"]
     assert uncached["inputs of the line"] == int(SLACK * 2 * 4 * tokens * HIDDEN)
+    few = items(plan_of(shape, measured_rates=2, train_tokens=64 * 512), "learning rates, prefix")  # none is left over
+    assert few["inputs of the line"] == uncached["inputs of the line"]
     mapped = plan_of(shape, measured_rates=2, spilled=frozenset({"importance"}))
     assert "inputs of the line" not in items(mapped, "learning rates")
     assert mapped.disk["workspace"] >= 2 * 4 * tokens * HIDDEN

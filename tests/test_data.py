@@ -336,6 +336,32 @@ def test_rows_needed_bounds_the_work(tmp_path: Path) -> None:
     assert 100 < len(few.train) < 10**6
 
 
+@pytest.mark.parametrize("kind", ["tokens", "text", "prompt"])
+def test_unseen_rows_come_from_samples_behind_those_that_train(tmp_path: Path, kind: str) -> None:
+    texts = [" ".join(str(1000 * i + j) for j in range(1 + i % 9)) for i in range(60)]
+    samples = {
+        "tokens": numbered(60),
+        "text": [{"text": text} for text in texts],
+        "prompt": [{"prompt": "?", "completion": text} for text in texts],
+    }[kind]
+    path = write_jsonl(tmp_path / "a.jsonl", samples)
+    everything = build(path, tokenizer=build_tokenizer())
+    plain = build(path, tokenizer=build_tokenizer(), rows_needed=5)
+    data = build(path, tokenizer=build_tokenizer(), rows_needed=5, unseen_rows=7)
+    assert data.train.fingerprint() == plain.train.fingerprint()
+    assert (data.notes, len(data.unseen), len(plain.unseen)) == (plain.notes, 7, 0)
+    sets = {"unseen": data.unseen, "train": data.train, "in_domain": data.in_domain, **data.heldout}
+    found = {name: set(map(tuple, row_lists(rows, rows.input_ids))) for name, rows in sets.items()}
+    assert [name for name in found if found[name] & found["unseen"]] == ["unseen"]
+    every = everything.train.input_ids.tolist()
+    first = data.unseen.input_ids[: data.unseen.length(0)].tolist()
+    at = next(i for i in range(len(every)) if every[i : i + len(first)] == first)
+    assert at >= len(data.train.input_ids)
+    ends = build(path, tokenizer=build_tokenizer(), rows_needed=5, unseen_rows=10**6).unseen
+    assert 7 < len(ends) <= len(everything.train) - 5
+    assert len(build(path, tokenizer=build_tokenizer(), unseen_rows=3).unseen) == 0
+
+
 def test_text_is_packed_to_seq_len_and_nothing_is_lost(tmp_path: Path) -> None:
     texts = [f"hello {'the end ' * (i % 7)}{i}" for i in range(50)]
     tokenizer = build_tokenizer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ from usaf.learning_rate import (
     Line,
     fresh_rows,
     measure_learning_rates,
+    parts_of,
     rate_by_width,
+    rows_beyond,
     turning_point,
 )
 from usaf.loss import count_targets
@@ -101,13 +104,48 @@ def rows_of(count: int, length: int) -> Rows:
 )
 def test_sequences_that_importance_has_not_met(count: int, length: int, seen: int, expected: int) -> None:
     rows, order = rows_of(count, length), DataOrder(count, 4, 2, seed=0)
-    chosen = fresh_rows(order, rows, seen)
+    chosen, unseen, met = fresh_rows(order, rows, seen)
     assert len(chosen) == len(set(chosen)) == expected
-    met = set(order.first_rows(seen)) & set(chosen)
-    assert len(met) == max(0, min(seen, seen + LEAST_SEQUENCES - count, expected))
+    assert unseen == []
+    assert set(order.first_rows(seen)) & set(chosen) == set(chosen[:met])
+    assert met == max(0, min(seen, seen + LEAST_SEQUENCES - count, expected))
     if expected > LEAST_SEQUENCES and expected < seen:
         enough = sum(count_targets(rows.batch([row])) for row in chosen)
         assert ENOUGH_TARGETS <= enough < ENOUGH_TARGETS + length
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "more", "expected"),
+    [
+        (64, 513, 64, (0, 8, 0)),  # all that train have chosen
+        (64, 129, 64, (0, 32, 0)),
+        (64, 9, 99, (0, 64, 0)),  # never more than have chosen
+        (70, 129, 64, (6, 26, 0)),
+        (80, 513, 64, (8, 0, 0)),  # what trains is enough
+        (64, 513, 3, (5, 3, 5)),  # the data end
+        (66, 513, 3, (5, 3, 3)),
+        (67, 513, 5, (3, 5, 0)),
+    ],
+)
+def test_sequences_that_do_not_train(count: int, length: int, more: int, expected: tuple[int, int, int]) -> None:
+    rows, order = rows_of(count, length), DataOrder(count, 4, 2, seed=0)
+    unseen: Any = SimpleNamespace(rows=rows_of(2 * more, length), chunks=[[2 * i] for i in range(more)])
+    chosen = fresh_rows(order, rows, 64, unseen)
+    assert (len(chosen.trained), len(chosen.unseen), chosen.met) == expected
+    assert set(order.first_rows(64)) & set(chosen.trained) == set(chosen.trained[: chosen.met])
+    assert chosen.unseen == [2 * i for i in range(expected[1])]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "beyond"),
+    [
+        ({}, 64, 64), ({}, 100, 28), ({}, 128, 0), ({}, 720, 0), ({"importance_samples": 2}, 4, 6),
+        ({"lr_peak": 1e-3}, 64, 64), ({"lr_peak": 1e-3, "head_lr": 1e-3}, 64, 0),
+        ({"lr_peak": 1e-3, "train_head": False}, 64, 0), ({"head_lr": 1e-3, "train_head": False}, 64, 64),
+    ],
+)  # fmt: skip
+def test_sequences_are_read_for_rates_that_are_not_set(settings: dict[str, Any], rows: int, beyond: int) -> None:
+    assert rows_beyond(Settings(**settings), rows) == beyond
 
 
 # ---- losses along lines ---------------------------------------------------------------------------------------------
@@ -149,7 +187,10 @@ def test_losses_along_a_line_are_those_of_transformers_with_the_weights_moved(pa
     rows = make_rows()
     states = pair.states(rows)
     found = importance_of(pair.model, states, rows, range(7))
-    line = Line(pair.model, states, rows, range(7), 2, 16, found.gradients)
+    other = pair.states(rows)  # micro-batches may be of different sets
+    line = Line(
+        pair.model, [*parts_of(states, range(4), 2), *parts_of(other, range(4, 7), 2)], 16, found.gradients
+    )  # fmt: skip
     weights = line.experts if kind == "experts" else line.head
     loss: Callable[[float], float] = getattr(line, f"loss_with_{kind}")
     at_rest = loss(0.0)
@@ -171,7 +212,7 @@ def test_the_loss_falls_at_first_by_the_sum_of_the_gradients(pair: Pair, kind: s
     rows = make_rows()
     states = pair.states(rows)
     found = importance_of(pair.model, states, rows, range(7))
-    line = Line(pair.model, states, rows, range(7), 3, 16, found.gradients)
+    line = Line(pair.model, parts_of(states, range(7), 3), 16, found.gradients)
     slope = sum(float(found.gradients[n].abs().sum()) for n in (line.experts if kind == "experts" else line.head))
     loss: Callable[[float], float] = getattr(line, f"loss_with_{kind}")
     t = 1e-5
@@ -230,7 +271,7 @@ def test_rates_by_hand(tmp_path: Path) -> None:
 def test_what_enters_the_trained_layers_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cache, however many points the lines have; and wherever it lies meanwhile, the rates are the same."""
     monkeypatch.setattr(workspace, "SMALLEST_BYTES", 1)
-    chosen = fresh_rows(DataOrder(len(ROWS), 4, 2, seed=0), ROWS, 8)
+    chosen = fresh_rows(DataOrder(len(ROWS), 4, 2, seed=0), ROWS, 8).trained
     asked: list[list[int]] = []
     hidden, begin = BoundaryStates.hidden, Line.__init__
 

@@ -181,12 +181,14 @@ def test_times_grow_with_what_they_are_of(planned: Plan) -> None:
     ].operations == pytest.approx(2 * base["prefix"].operations)
     assert "quantise" not in times(quantises=False)
     assert "learning rates" not in times(measured_rates=0)
-    one, both = (times(measured_rates=n)["learning rates"] for n in (1, 2))
+    enough = 2 * planned.work.train_tokens  # else they are measured on rows that do not train
+    one, both = (times(measured_rates=n, train_tokens=enough)["learning rates"] for n in (1, 2))
     assert one.operations < both.operations < 2 * one.operations  # the head's line passes the layers once
     assert one.seconds < both.seconds
-    again = times(measured_rates=2, cached=False)["learning rates"].operations - both.operations
-    passes = both.operations / plan_time.LINE_POINTS  # of two layers; as many are frozen
-    assert 0 < again < 1.1 * passes  # once, not at every point
+    for changes in ({"train_tokens": enough, "cached": False}, {"train_tokens": enough - 1}):
+        again = times(measured_rates=2, **changes)["learning rates"].operations - both.operations
+        passes = both.operations / plan_time.LINE_POINTS  # of two layers; as many are frozen
+        assert 0 < again < 1.1 * passes  # once, not at every point
     assert "prefix" not in times(start=0)
     uncached = times(cached=False)
     assert "prefix" not in uncached

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,25 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCAB, write_checkpoint
-from runs import REPOSITORY, TINY, World, curve, delta_tensors, events, lasting, read_json, same_delta
+from runs import (
+    REPOSITORY,
+    TINY,
+    World,
+    curve,
+    delta_tensors,
+    events,
+    lasting,
+    read_json,
+    same_delta,
+    signal_at_step,
+)
 from safetensors import safe_open
 
 from usaf import evaluate as evaluate_module
 from usaf.devices import choose_backend, cuda
+from usaf.learning_rate import Line
 from usaf.session import prepare
-from usaf.settings import load_settings
+from usaf.settings import ResolvedSettings, load_settings
 from usaf.train import main
 
 SUMMARY_KEYS = {
@@ -180,6 +193,48 @@ def test_rates_that_are_not_set_are_measured_and_kept(world: World, capsys: pyte
         assert told[name]["least"] < told[name]["rest"]
         assert f"settled: {name} = {told[name]['rate']:g} (measured: the loss turns when" in out
         assert {step[key] for step in steps} == {settings[name]["value"]}
+
+
+def test_rates_of_few_steps_are_measured_on_sequences_that_do_not_train(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data and delta are those of the run that is given these rates."""
+    measured_on: list[tuple[int, ...]] = []
+    begin = Line.__init__
+
+    def begun(self: Line, model: Any, parts: Any, *args: Any) -> None:
+        measured_on.extend(
+            tuple(states.rows.batch([row]).input_ids[0].tolist()) for states, rows in parts for row in rows
+        )
+        begin(self, model, parts, *args)
+
+    monkeypatch.setattr(Line, "__init__", begun)
+    few = {"STEPS": 2, "LR_PEAK": None, "HEAD_LR": None}
+    assert world.train("few", **few) == 0
+    assert "learning rates: the data have but" not in capsys.readouterr().out
+    settings = read_json(world.runs / "few" / "settings.json")
+    own = prepare(ResolvedSettings.from_json(settings["settings"]), settings["decisions"]).data
+    trained = {tuple(own.train.batch([row]).input_ids[0].tolist()) for row in range(len(own.train))}
+    assert len(set(measured_on)) == len(trained) == 8
+    assert not set(measured_on) & trained
+    rates = {name: settings["settings"][name]["value"] for name in ("LR_PEAK", "HEAD_LR")}
+    assert world.train("given", **{**few, **rates}) == 0
+    assert same_delta(world.runs / "few", world.runs / "given")
+    assert read_json(world.runs / "given" / "settings.json")["data_fingerprint"] == settings["data_fingerprint"]
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGTERM, 1)
+        assert world.train("resumed", **few) == 130
+    assert world.train("resumed", RESUME="auto", STEPS=None, LR_PEAK=None) == 0
+    assert same_delta(world.runs / "few", world.runs / "resumed")
+
+
+def test_data_that_end_are_said_to(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """38 of 40 samples are left to train on, 32 of which choose."""
+    assert world.train("ends", STEPS=1, IMPORTANCE_SAMPLES=32, LR_PEAK=None) == 0
+    assert (
+        "learning rates: the data have but 6 sequences that had no say in choosing the weights; 2 that had one are "
+        "measured on too"
+    ) in capsys.readouterr().out.splitlines()
 
 
 def test_a_rate_that_is_set_is_not_measured(world: World) -> None:

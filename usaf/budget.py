@@ -33,7 +33,7 @@ from functools import partial
 
 from usaf.errors import UserError
 from usaf.importance import ROWS_AT_ONCE, head_weights_that_count, trained_counts
-from usaf.learning_rate import most_sequences
+from usaf.learning_rate import most_sequences, unset_rates
 from usaf.model_shape import Experts, LayerShape, ModelShape
 from usaf.prefix import STRETCH_BYTES
 from usaf.settings import Settings, parse_size
@@ -104,6 +104,13 @@ class Work:
     different_targets: int | None = None  # of the training text (`Rows`); None before it is read: the whole vocabulary
 
     @property
+    def rates_pass_prefix(self) -> bool:
+        """Whether what learning rates are measured on passes the frozen layers for that: where it is not cached, or, of
+        few steps, may not be among the rows that train."""
+        wanted = (self.importance_rows + most_sequences(self.importance_rows)) * self.train_row
+        return not self.cached or self.train_tokens < wanted
+
+    @property
     def step_tokens(self) -> int:
         """Of one micro-batch."""
         return self.microbatch * self.train_row
@@ -167,7 +174,7 @@ def work_of(
         prefix_chunk_tokens=values.prefix_chunk_tokens, head_chunk_tokens=values.head_chunk_tokens,
         keep_checkpoints=values.keep_checkpoints, threads=threads,
         resident=values.use_resident == "1", projections=values.projections,
-        measured_rates=(values.lr_peak is None) + (values.head_lr is None and values.train_head),
+        measured_rates=len(unset_rates(values)),
     )  # fmt: skip
     return Work(**{**known, **more})  # type: ignore[arg-type]
 
@@ -524,8 +531,8 @@ class _Count:
         phases = [Phase("learning rates", {
             **held, "one chunk in one layer, or logits": max(working, tokens * self.hidden + self.head(False)),
         })]  # fmt: skip
-        if not work.cached and work.start:
-            chunk = work.chunk_tokens(row, work.train_tokens)
+        if work.rates_pass_prefix and work.start:
+            chunk = work.chunk_tokens(row, max(work.train_tokens, most_sequences(work.importance_rows) * row))
             phases.append(Phase("learning rates, prefix", {**held, **self.prefix_again(row, chunk)}))
         return phases
 

@@ -231,12 +231,14 @@ class _RowBuilder:
 @dataclass(frozen=True)
 class TrainingData:
     """What a run trains and evaluates on. heldout: `heldout_<file stem>` or an extra evaluation's name -> rows; notes:
-    lines to print, on what was found in the files and what became of it."""
+    lines to print, on what was found in the files and what became of it; unseen: rows, often none, that nothing trains
+    on or evaluates."""
 
     train: Rows
     in_domain: Rows
     heldout: dict[str, Rows]
     notes: list[str]
+    unseen: Rows
 
 
 def build_training_data(
@@ -252,13 +254,15 @@ def build_training_data(
     seed: int,
     one_document_per_row: bool = False,
     extra_eval: Mapping[str, str | PathLike[str]] | None = None,
+    unseen_rows: int = 0,
 ) -> TrainingData:
     """Reads, checks, splits, tokenises and packs all data of a run.
 
     The samples of `dataset_path` are permuted by the seed; the first max(1, round(fraction * samples)) are in_domain,
     never trained on; without held-out files the next as many are `heldout_<stem of dataset_path>`; the rest trains, in
-    permuted order, as far as `rows_needed` rows go (None: all). Each evaluation set has at most `eval_rows` rows (0:
-    all), those of held-out files drawn alike for every seed, so that runs compare. tokenizer may be None for token ids.
+    permuted order, as far as `rows_needed` rows go (None: all), and `unseen_rows` more come from the samples behind, or
+    as many as there are. Each evaluation set has at most `eval_rows` rows (0: all), those of held-out files drawn alike
+    for every seed, so that runs compare. tokenizer may be None for token ids.
 
     Raises UserError for every fault of the files, for two held-out files of one stem, and for too few samples.
     """
@@ -275,15 +279,17 @@ def build_training_data(
     splits = ["in_domain"] if heldout_paths else ["in_domain", f"heldout_{corpus.samples.path.stem}"]
     assert not set(splits) & evaluations.keys()
     order, held_back = _split(corpus, in_domain_fraction, seed, len(splits))
-    train = encoder.rows(corpus, order[held_back * len(splits) :], rows_needed, "train", notes)
+    rest = order[held_back * len(splits) :]
+    train, taken = encoder.rows(corpus, rest, rows_needed, "train", notes)
+    unseen = encoder.further_rows(corpus, rest[taken:], unseen_rows)
     evaluated = {}
     for i, name in enumerate(splits):
         split = order[held_back * i : held_back * (i + 1)]
-        evaluated[name] = encoder.rows(corpus, split, eval_rows or None, name, notes)
+        evaluated[name], _ = encoder.rows(corpus, split, eval_rows or None, name, notes)
     for name, other in evaluations.items():
         any_seed = np.random.default_rng([0, SPLIT_STREAM]).permutation(len(other.samples))
-        evaluated[name] = encoder.rows(other, any_seed, eval_rows or None, name, notes)
-    return TrainingData(train, evaluated.pop("in_domain"), evaluated, notes)
+        evaluated[name], _ = encoder.rows(other, any_seed, eval_rows or None, name, notes)
+    return TrainingData(train, evaluated.pop("in_domain"), evaluated, notes, unseen)
 
 
 def _evaluation_paths(
@@ -351,17 +357,13 @@ class _Encoder:
     seq_len: int
     one_document_per_row: bool
 
-    def rows(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, name: str, notes: list[str]) -> Rows:
-        """Packed rows of the samples `order`, tokenised only as far as needed; a line on them goes to `notes`."""
-        kind = corpus.samples.kind
+    def rows(
+        self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, name: str, notes: list[str]
+    ) -> tuple[Rows, int]:
+        """(packed rows of the samples `order`, how many of these they took), tokenised only as far as needed; a line on
+        them goes to `notes`."""
         counts: Counter[str] = Counter()
-        rows = pack(
-            self._documents(corpus, order, counts),
-            seq_len=None if kind == "tokens" else self.seq_len,
-            rows_needed=rows_needed,
-            split_long=kind == "text",
-            one_document_per_row=self.one_document_per_row or kind == "tokens",
-        )
+        rows = self._packed(corpus, order, rows_needed, counts)
         if not len(rows):
             raise UserError(
                 f"{place(corpus.samples.path)}: none of the {len(order)} samples for {name} has a token to learn; give "
@@ -376,7 +378,21 @@ class _Encoder:
         if rows.dropped:
             note += f"; {rows.dropped} without any target dropped"
         notes.append(note)
-        return rows
+        return rows, counts["samples"]
+
+    def further_rows(self, corpus: _Corpus, order: np.ndarray, at_most: int) -> Rows:
+        """The same without a line, and as few as there are."""
+        return self._packed(corpus, order if at_most else order[:0], at_most or None, Counter())
+
+    def _packed(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, counts: Counter[str]) -> Rows:
+        kind = corpus.samples.kind
+        return pack(
+            self._documents(corpus, order, counts),
+            seq_len=None if kind == "tokens" else self.seq_len,
+            rows_needed=rows_needed,
+            split_long=kind == "text",
+            one_document_per_row=self.one_document_per_row or kind == "tokens",
+        )
 
     def _documents(self, corpus: _Corpus, order: np.ndarray, counts: Counter[str]) -> Iterator[Document]:
         samples = corpus.samples

@@ -154,7 +154,7 @@ class Job:
         with phase("learning rates", 0, "point", self.phase_done) as bar:
             rates, turns = measure_learning_rates(
                 values, session.model, self.states, session.data.train, session.order, found, bar.update,
-                session.workspace("importance") or PRIVATE,
+                session.workspace("importance") or PRIVATE, session.unseen_states(),
             )  # fmt: skip
         session.settings = session.settings.replace("measured", **rates)
         self.values = trainer.settings = session.settings.values

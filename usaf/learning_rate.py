@@ -2,8 +2,9 @@
 
 Before the first step all chosen weights of a kind, the experts' or the head's, move against the sign of their mean
 gradient by one and the same amount t, as Adam would move them, and the loss is taken on sequences that had no say in
-choosing them. It falls, turns, and rises. Where it turns tells what no rule of widths can see: how many layers and
-weights move together, how large a model's activations are, how near to a minimum it already is.
+choosing them (on those that had one it turns later). It falls, turns, and rises. Where it turns tells what no rule of
+widths can see: how many layers and weights move together, how large a model's activations are, how near to a minimum it
+already is.
 
     experts    LR_PEAK = sqrt(by width * turn), and no more than 2 * turn
     head       HEAD_LR = turn / 4
@@ -19,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from usaf.console import say
 from usaf.data import DataOrder, Rows
 from usaf.importance import Importance
 from usaf.loss import count_targets, loss_sum
@@ -68,18 +70,43 @@ def most_sequences(chosen_from: int) -> int:
     return max(chosen_from, LEAST_SEQUENCES)
 
 
-def fresh_rows(order: DataOrder, rows: Rows, seen: int) -> list[int]:
-    """The sequences along the line: the first of training's order that importance, which had the first `seen`, has not
-    met. Where the data end before, some of those that it has."""
+def unset_rates(settings: Settings) -> list[str]:
+    """The fields of those to be measured. (That a head cannot train is found out when there is a model.)"""
+    head = ["head_lr"] if settings.head_lr is None and settings.train_head else []
+    return ["lr_peak", *head] if settings.lr_peak is None else head
+
+
+def rows_beyond(settings: Settings, rows: int) -> int:
+    """How many sequences are to be read beyond `rows` for training, so that the line has those that it may want."""
+    samples = settings.importance_samples
+    return max(0, samples + most_sequences(samples) - rows) if unset_rates(settings) else 0
+
+
+class LineRows(NamedTuple):
+    """The sequences along the line: rows that train, the first `met` of which have had a say in choosing the weights,
+    and rows that do not train."""
+
+    trained: list[int]
+    unseen: list[int]
+    met: int
+
+
+def fresh_rows(order: DataOrder, rows: Rows, seen: int, unseen: BoundaryStates | None = None) -> LineRows:
+    """The first of training's order that importance, which had the first `seen`, has not met; then those of `unseen`.
+    Where the data end before there are `LEAST_SEQUENCES`, some that it has met."""
     taken = order.first_rows(min(seen + most_sequences(seen), len(rows)))
-    chosen: list[int] = []
-    targets = 0
-    for row in taken[max(0, min(seen, len(taken) - LEAST_SEQUENCES)) :]:
-        if len(chosen) >= LEAST_SEQUENCES and targets >= ENOUGH_TARGETS:
+    further = [] if unseen is None else [row for chunk in unseen.chunks for row in chunk]
+    begin = max(0, min(seen, len(taken) + len(further) - LEAST_SEQUENCES))
+    candidates = [(rows, row) for row in taken[begin:]]
+    candidates += [] if unseen is None else [(unseen.rows, row) for row in further]
+    count = targets = 0
+    for source, row in candidates[: most_sequences(seen)]:
+        if count >= LEAST_SEQUENCES and targets >= ENOUGH_TARGETS:
             break
-        chosen.append(row)
-        targets += count_targets(rows.batch([row]))
-    return chosen
+        count += 1
+        targets += count_targets(source.batch([row]))
+    trained = taken[begin : begin + count]
+    return LineRows(trained, further[: count - len(trained)], min(count, seen - begin))
 
 
 def turning_point(loss: Callable[[float], float], rest: float, guess: float) -> Turn:
@@ -108,25 +135,33 @@ def turning_point(loss: Callable[[float], float], rest: float, guess: float) -> 
     return Turn(guess * 2.0 ** (best + vertex), rest, least, len(tried))
 
 
+Part = tuple[BoundaryStates, list[int]]
+"""A micro-batch: some rows of a set."""
+
+
+def parts_of(states: BoundaryStates, rows: Sequence[int], microbatch: int) -> list[Part]:
+    return [(states, list(rows[i : i + microbatch])) for i in range(0, len(rows), microbatch)]
+
+
 class Line:
     """The loss over some sequences with the chosen weights of a kind moved; afterwards all deltas are 0 again.
 
-    gradients: tensor -> the mean loss's gradient at its active weights, in their order. memory: where what enters the
-    trained layers lies, and then the head, of all sequences.
+    parts: the sequences in micro-batches. gradients: tensor -> the mean loss's gradient at its active weights, in their
+    order. memory: where what enters the trained layers lies, and then the head, of all sequences.
     """
 
     def __init__(
-        self, model: SparseModel, states: BoundaryStates, rows: Rows, sequences: Sequence[int], microbatch: int,
-        head_chunk_tokens: int, gradients: Mapping[str, Tensor], memory: Memory = PRIVATE,
+        self, model: SparseModel, parts: Sequence[Part], head_chunk_tokens: int, gradients: Mapping[str, Tensor],
+        memory: Memory = PRIVATE,
     ) -> None:  # fmt: skip
-        self.model, self.states, self.head_chunk_tokens, self.memory = model, states, head_chunk_tokens, memory
-        self.parts = [list(sequences[i : i + microbatch]) for i in range(0, len(sequences), microbatch)]
-        self.batches = [rows.batch(part) for part in self.parts]
+        self.model, self.head_chunk_tokens, self.memory = model, head_chunk_tokens, memory
+        self.start = parts[0][0].start
+        self.batches = [states.rows.batch(rows) for states, rows in parts]
         self.gradients = gradients
-        self.entering = [states.kept(part, memory) for part in self.parts]  # not computed anew at each point
+        self.entering = [states.kept(rows, memory) for states, rows in parts]  # not computed anew at each point
         self.to_head: list[Tensor] = []
         head = model.head_name if model.head is not None else None
-        self.experts = {n: w for n, w in model.sparse_weights(states.start).items() if n != head}
+        self.experts = {n: w for n, w in model.sparse_weights(self.start).items() if n != head}
         self.head: dict[str, SparseWeights[Any]] = {} if model.head is None else {model.head_name: model.head}
 
     def _move(self, weights: Mapping[str, SparseWeights[Any]], t: float) -> None:
@@ -137,7 +172,7 @@ class Line:
         """What leaves the final norm, of micro-batch i."""
         kept = self.entering[i]
         entering = None if kept is None else kept.to(self.model.backend.device)
-        return self.model.run_layers(self.batches[i], self.states.start, self.model.num_layers, entering)
+        return self.model.run_layers(self.batches[i], self.start, self.model.num_layers, entering)
 
     def _loss(self, hidden: Iterable[Tensor]) -> float:
         """Mean over the targets. hidden: what leaves the final norm, of every micro-batch."""
@@ -149,7 +184,7 @@ class Line:
     def loss_with_experts(self, t: float) -> float:
         """With the experts' chosen weights moved by t."""
         self._move(self.experts, t)
-        loss = self._loss(self._hidden(i) for i in range(len(self.parts)))
+        loss = self._loss(self._hidden(i) for i in range(len(self.batches)))
         self._move(self.experts, 0.0)
         return loss
 
@@ -157,7 +192,7 @@ class Line:
     def loss_with_head(self, t: float) -> float:
         """With the head's chosen weights moved by t. What the head is given does not depend on them, and is kept."""
         if not self.to_head:
-            self.to_head = [self.memory.keep(self._hidden(i)) for i in range(len(self.parts))]
+            self.to_head = [self.memory.keep(self._hidden(i)) for i in range(len(self.batches))]
         self._move(self.head, t)
         loss = self._loss(hidden.to(self.model.backend.device) for hidden in self.to_head)
         self._move(self.head, 0.0)
@@ -166,18 +201,23 @@ class Line:
 
 def measure_learning_rates(
     settings: Settings, model: SparseModel, states: BoundaryStates, rows: Rows, order: DataOrder, found: Importance,
-    progress: Callable[[int], None], memory: Memory = PRIVATE,
+    progress: Callable[[int], None], memory: Memory = PRIVATE, unseen: BoundaryStates | None = None,
 ) -> tuple[dict[str, float], dict[str, Turn]]:  # fmt: skip
     """(LR_PEAK and HEAD_LR as far as they are not set and something trains at them, by the names of the fields; where
     their lines turned). The chosen weights are active, their deltas 0, before and after.
 
-    `progress` is called after each point of a line. `memory`: see `Line`.
+    `progress` is called after each point of a line. `memory`: see `Line`. `unseen`: rows that do not train.
     """
+    if settings.lr_peak is not None and (settings.head_lr is not None or model.head is None):
+        return {}, {}
     by_width = rate_by_width(model.moe_from(states.start)[0].banks[0].part_columns, settings.frac)
-    line = Line(
-        model, states, rows, fresh_rows(order, rows, found.sequences), settings.microbatch, settings.head_chunk_tokens,
-        found.gradients, memory,
-    )  # fmt: skip
+    chosen = fresh_rows(order, rows, found.sequences, unseen)
+    if chosen.met:
+        say(f"learning rates: the data have but {len(chosen.trained) + len(chosen.unseen) - chosen.met} sequences that "
+            f"had no say in choosing the weights; {chosen.met} that had one are measured on too")  # fmt: skip
+    parts = parts_of(states, chosen.trained, settings.microbatch)
+    parts += [] if unseen is None else parts_of(unseen, chosen.unseen, settings.microbatch)
+    line = Line(model, parts, settings.head_chunk_tokens, found.gradients, memory)
 
     def turn_of(loss: Callable[[float], float]) -> Turn:
         def told(t: float) -> float:

@@ -86,7 +86,7 @@ def longest_row(rows: Rows) -> int:
 
 def masked(data: TrainingData) -> bool:
     """Whether rows are packed or, being of different lengths, padded: either needs a mask."""
-    sets = [data.train, data.in_domain, *data.heldout.values()]
+    sets = [data.train, data.unseen, data.in_domain, *data.heldout.values()]
     return any(len(set(np.diff(rows.offsets).tolist())) > 1 or is_packed(rows) for rows in sets)
 
 

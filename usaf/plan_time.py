@@ -564,13 +564,13 @@ def importance_time(shape: ModelShape, rates: Rates, work: Work) -> PhaseTime:
 
 
 def learning_rates_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
-    """Forward passes alone; of the head's line one through the layers, and of both one through those without a
-    cache."""
+    """Forward passes alone; of the head's line one through the layers, and of both one through those that are
+    frozen, where these sequences have not passed them before."""
     if not work.measured_rates:
         return []
     rows = min(max(LEAST_SEQUENCES, -(-ENOUGH_TARGETS // work.train_row)), most_sequences(work.importance_rows))
     entering = _Pass(shape, rates, work.train_row)
-    entering.prefix(work, work.step_tokens, work.train_tokens)
+    entering.prefix(dataclasses.replace(work, cached=not work.rates_pass_prefix), work.step_tokens, work.train_tokens)
     one = _Pass(shape, rates, work.train_row)
     for layer in shape.layers[work.start :]:
         one.layer(layer, work.step_tokens, training=False)

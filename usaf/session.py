@@ -36,6 +36,7 @@ from usaf.expert_bank import ExpertBank
 from usaf.expert_store import ExpertStore, check_store, find_path, open_or_make, read_store
 from usaf.files import fingerprint
 from usaf.fused_experts import runs_fused
+from usaf.learning_rate import rows_beyond
 from usaf.memory import available_bytes
 from usaf.memory_limit import Kept, keep_to_limit, longest_row
 from usaf.model import SparseModel, build_model
@@ -104,14 +105,22 @@ class Session(ModelSession):
             "attention": self.decisions["attention"],
         }  # fmt: skip
 
-    def boundary(self, rows: Rows, chunks: list[list[int]]) -> BoundaryStates:
+    def boundary(self, rows: Rows, chunks: list[list[int]], cached: bool = True) -> BoundaryStates:
         values = self.settings.values
-        folder = cache_folder(values) if values.use_frozen_cache else None
+        folder = cache_folder(values) if values.use_frozen_cache and cached else None
         dtype = cache_dtype(values.cache_dtype, self.stored_dtype)
         return BoundaryStates(
             self.model, rows, chunks, self.start, dtype, self.identity(), folder, values.frozen_cache_n,
             self.decisions.get("stretch_bytes"), self.workspace("stretch") or PRIVATE,
         )  # fmt: skip
+
+    def unseen_states(self) -> BoundaryStates:
+        """Those of rows that do not train, computed when they are needed, which is once; of rows no longer than those
+        that do, for which the run is planned."""
+        rows, longest = self.data.unseen, longest_row(self.data.train)
+        fit = [row for row in range(len(rows)) if rows.length(row) <= longest]
+        chunks = chunked(len(fit), self.chunk_rows(self.data.train))
+        return self.boundary(rows, [[fit[i] for i in chunk] for chunk in chunks], cached=False)
 
     def evaluation_sets(self) -> dict[str, Rows]:
         return {"in_domain": self.data.in_domain, **self.data.heldout}
@@ -124,7 +133,7 @@ class Session(ModelSession):
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """Of every sequence that is trained on or evaluated."""
+        """Of every sequence that is trained on or evaluated. (A resumed run, whose rates are set, reads no others.)"""
         sets = {name: rows.fingerprint() for name, rows in self.evaluation_sets().items()}
         return fingerprint({**sets, "train": self.data.train.fingerprint()})
 
@@ -294,6 +303,7 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
         vocab_size=checkpoint.config.get_text_config().vocab_size,
         seq_len=values.seq_len,
         rows_needed=1 if not train else None if values.epochs else rows,
+        unseen_rows=rows_beyond(values, rows) if train and not values.epochs else 0,
         eval_rows=values.eval_samples,
         in_domain_fraction=values.in_domain_fraction,
         seed=values.seed,
