@@ -20,6 +20,7 @@ from runs import (
     copy_run,
     curve,
     die_at,
+    events,
     lasting,
     on_event,
     read_json,
@@ -29,6 +30,7 @@ from runs import (
     wait,
 )
 
+from usaf.loss import loss_sum
 from usaf.run import RunFolder, list_checkpoints, load_checkpoint
 from usaf.trainer import StepResult, Trainer
 
@@ -116,6 +118,32 @@ def test_a_second_signal_stops_at_once(world: World, monkeypatch: pytest.MonkeyP
     folder = world.runs / "twice"
     assert list_checkpoints(folder)[-1].name == "step-000004"
     assert world.train("twice", RESUME="auto") == 0
+    assert_as_undisturbed(world, folder)
+
+
+@pytest.mark.parametrize(("signals", "save_every", "saved"), [(1, 3, 4), (2, 3, 4), (1, 100, 4), (2, 100, 0)])
+def test_stopped_in_an_evaluation(
+    world: World, monkeypatch: pytest.MonkeyPatch, signals: int, save_every: int, saved: int
+) -> None:
+    """The one after step 4, in its first chunk of two. The steps are on the disk before it, or once it is given up."""
+    tag = f"evaluating-{signals}-{save_every}"
+    chunks: list[Any] = []
+
+    def interrupts(*args: Any) -> Any:
+        chunks.append(args)
+        if len(chunks) == 3:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+        return loss_sum(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("usaf.evaluation.loss_sum", interrupts)
+        assert world.train(tag, SAVE_EVERY=save_every) == 130
+    folder = world.runs / tag
+    assert len(chunks) == 3
+    assert {event["step"] for event in events(folder, "eval")} == {0}
+    assert list_checkpoints(folder)[-1].name == f"step-{saved:06d}"
+    assert world.train(tag, RESUME="auto") == 0
     assert_as_undisturbed(world, folder)
 
 

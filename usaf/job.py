@@ -35,8 +35,13 @@ from usaf.workspace import PRIVATE
 INTERRUPTED = 130
 
 
+class _GivenUp(Exception):
+    """The run was interrupted in an evaluation."""
+
+
 class Job:
-    """The state of one run. `interrupted` is set by Ctrl-C or SIGTERM while steps run, and heeded after the step."""
+    """The state of one run. `interrupted` is set by Ctrl-C or SIGTERM while steps run, and heeded after the step, or
+    after the chunk of an evaluation."""
 
     def __init__(self, session: Session, run: RunFolder, memory: PeakMemory) -> None:
         self.session, self.run, self.memory = session, run, memory
@@ -91,12 +96,22 @@ class Job:
             self.totals.prefix_tokens_per_second = computed / (time.perf_counter() - began)
 
     def evaluate(self, step: int) -> list[Evaluation]:
-        results = evaluate_all(self.session, self.evaluations, self.phase_done)
+        results = evaluate_all(self.session, self.evaluations, self.phase_done, self.heed_interrupt)
         self.log_evaluations(step, results)
         self.totals.evaluated_step = step
         say(f"step {step}: perplexity " + ", ".join(f"{r.name} {r.perplexity:.3f}" for r in results))
         self.warn_of_collapse(step, results)
         return results
+
+    def heed_interrupt(self) -> None:
+        if self.interrupted:
+            raise _GivenUp
+
+    def evaluate_between_steps(self, step: int) -> None:
+        """Unless it is interrupted; then the resumed run makes up for it."""
+        with contextlib.suppress(_GivenUp):
+            self.heed_interrupt()
+            self.evaluate(step)
 
     def evaluate_before(self) -> None:
         """Step 0: what every later figure is compared with."""
@@ -170,7 +185,7 @@ class Job:
         """Steps until the end, or until interrupted; logs, evaluates and saves on the way."""
         with phase("train", trainer.steps - trainer.step, "step", self.phase_done) as bar, self.heeding_interrupts():
             if self.totals.evaluated_step < trainer.step and self.evaluation_due(trainer):
-                self.evaluate(trainer.step)  # an interrupt came before it
+                self.evaluate_between_steps(trainer.step)  # it comes after its step's checkpoint
 
             def after_step(result: StepResult, reselection: ReselectResult | None) -> bool:
                 bar.update(1)
@@ -187,8 +202,8 @@ class Job:
 
     @contextlib.contextmanager
     def heeding_interrupts(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for the end of the step. (At other times they end the command at once, which leaves
-        nothing half-written either.)"""
+        """Ctrl-C and SIGTERM wait for the end of the step, but not of an evaluation. (At other times they end the
+        command at once, which leaves nothing half-written either.)"""
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self.interrupted:
@@ -212,14 +227,18 @@ class Job:
         return every > 0 and trainer.step % every == 0 and trainer.step < trainer.steps
 
     def cadence(self, trainer: Trainer) -> bool:
-        """Evaluate and save when due. A save that falls into a capture window waits for its reselection, but for an
-        interrupt, which saves the captured pairs too. Returns whether to go on."""
-        if self.evaluation_due(trainer) and not self.interrupted:
-            self.evaluate(trainer.step)
+        """Save and evaluate when due, the steps first: an evaluation may take long, and who waits for it may lose
+        patience. A save that falls into a capture window waits for its reselection, but for an interrupt, which saves
+        the captured pairs too. Returns whether to go on."""
         self.save_pending |= trainer.step % self.values.save_every == 0
-        if self.interrupted or (self.save_pending and not trainer.in_capture_window()):
+        if self.save_pending and not trainer.in_capture_window():
             self.save(trainer)
-        return not self.interrupted
+        if self.evaluation_due(trainer):
+            self.evaluate_between_steps(trainer.step)
+        stops = self.interrupted  # one that comes now waits for the next step
+        if stops and self.saved_step != trainer.step:
+            self.save(trainer)
+        return not stops
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

@@ -504,13 +504,20 @@ def fill_all(states: list[BoundaryStates], done: PhaseDone | None = None) -> Non
 
 
 def evaluate_all(
-    session: Session, states: dict[str, BoundaryStates], done: PhaseDone | None = None
-) -> list[Evaluation]:
+    session: Session, states: dict[str, BoundaryStates], done: PhaseDone | None = None,
+    after_chunk: Callable[[], None] = lambda: None,
+) -> list[Evaluation]:  # fmt: skip
+    """Every set, in their order. `after_chunk` may raise, and so give it up."""
     tokens = sum(s.rows.length(row) for s in states.values() for chunk in s.chunks for row in chunk)
     results = []
     with phase("evaluate", tokens, "tok", done) as bar:
+
+        def progress(tokens: int) -> None:
+            bar.update(tokens)
+            after_chunk()
+
         for name, state in states.items():
-            results.append(evaluate(session.model, state, name, session.settings.values.head_chunk_tokens, bar.update))
+            results.append(evaluate(session.model, state, name, session.settings.values.head_chunk_tokens, progress))
     return results
 
 
