@@ -185,7 +185,7 @@ def plan_run(run: Run, measured: bool) -> Planned:
         work_of_run(session.settings, session.data, chosen["threads"], quantises, on_device),
         resident=bool(chosen["resident"]), stretch_bytes=chosen.get("stretch_bytes") or STRETCH_BYTES,
         spilled=frozenset(chosen.get("mapped_buffers", ())),
-        measured_rates=sum(event["event"] == "learning rate" for event in run.events),
+        measured_rates=sum(event["event"] == "learning_rate" for event in run.events),
     )  # fmt: skip
     memory = memory_plan(shape, work, baseline)
     seconds = plan_seconds(session, shape, work) if measured and not on_device else None

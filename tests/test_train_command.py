@@ -144,7 +144,7 @@ def test_metrics(world: World) -> None:
         "phase",
         "warning",
         "importance",
-        "learning rate",
+        "learning_rate",
     }
 
 
@@ -184,7 +184,7 @@ def test_rates_that_are_not_set_are_measured_and_kept(world: World, capsys: pyte
     assert world.train("measured", LR_PEAK=None, HEAD_LR=None, WARMUP="0", LR_FLOOR="1", RESELECT_EVERY="0") == 0
     folder = world.runs / "measured"
     settings = read_json(folder / "settings.json")["settings"]
-    told = {event["name"]: event for event in events(folder) if event["event"] == "learning rate"}
+    told = {event["name"]: event for event in events(folder) if event["event"] == "learning_rate"}
     steps = [event for event in events(folder) if event["event"] == "step"]
     out = capsys.readouterr().out
     for name, key in (("LR_PEAK", "learning_rate"), ("HEAD_LR", "head_learning_rate")):
@@ -242,7 +242,7 @@ def test_a_rate_that_is_set_is_not_measured(world: World) -> None:
     assert world.train("no-head", LR_PEAK="1e-3", TRAIN_HEAD="0", HEAD_LR=None, STEPS=1) == 0
     for tag, head in (("set", 1e-4), ("no-head", 0.0)):
         found = events(world.runs / tag)
-        assert not [event for event in found if event["event"] == "learning rate"]
+        assert not [event for event in found if event["event"] == "learning_rate"]
         assert [e["head_learning_rate"] for e in found if e["event"] == "step"] == [head]
     assert world.train("head-only", LR_PEAK="1e-3", HEAD_LR=None, STEPS=1) == 0
     settings = read_json(world.runs / "head-only" / "settings.json")["settings"]

@@ -175,7 +175,7 @@ class Job:
         self.values = trainer.settings = session.settings.values
         self.write_settings()
         for name, turn in turns.items():
-            self.run.log("learning rate", name=name.upper(), rate=rates[name], **dataclasses.asdict(turn))
+            self.run.log("learning_rate", name=name.upper(), rate=rates[name], **dataclasses.asdict(turn))
             what = "head's" if name == "head_lr" else "experts'"
             found_at = "never falls along its gradient, so this is by width" if turn.at is None else (
                 f"turns when the {what} weights move by {turn.at:.2g}")  # fmt: skip
