@@ -545,6 +545,34 @@ def test_another_device_is_refused(own_world: World, capsys: pytest.CaptureFixtu
     assert contents(own_world.runs / "run") == before
 
 
+def test_without_a_checkpoint_rates_are_measured_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were for the old settings. One that is given now is not measured."""
+    unset: dict[str, object] = {"LR_PEAK": None, "STEPS": 2}
+    with monkeypatch.context() as patch:
+        on_event(
+            patch, lambda event, v: event == "learning_rate" and v["name"] == "HEAD_LR",
+            lambda: signal.raise_signal(signal.SIGTERM),
+        )  # fmt: skip
+        assert world.train("old-rates", **unset, FRAC="0.02") == 130
+    folder = world.runs / "old-rates"
+    assert list_checkpoints(folder) == []
+    assert world.train("new-rates", **unset, FRAC="0.2") == 0
+    assert world.train("old-rates", **unset, FRAC="0.2", RESUME="auto") == 0
+    assert same_delta(world.runs / "new-rates", folder)
+    told = [
+        [(e["name"], e["rate"]) for e in events(run, "learning_rate")] for run in (world.runs / "new-rates", folder)
+    ]
+    assert told[0] == told[1]
+    assert [name for name, _ in told[0]] == ["LR_PEAK", "HEAD_LR"]
+    settings = read_json(folder / "settings.json")["settings"]
+    assert settings["HEAD_LR"] == {"value": told[0][1][1], "source": "measured"}
+    for step in list_checkpoints(folder):
+        shutil.rmtree(step)
+    assert world.train("old-rates", STEPS=None, LR_PEAK=None, HEAD_LR="1e-3", RESUME="auto") == 0
+    assert [e["name"] for e in events(folder, "learning_rate")] == ["LR_PEAK"]
+    assert read_json(folder / "settings.json")["settings"]["HEAD_LR"] == {"value": 1e-3, "source": "environment"}
+
+
 def test_without_a_checkpoint_settings_may_change(own_world: World) -> None:
     """Out of memory in importance: lower the setting it names and go on."""
     shutil.rmtree(own_world.runs / "run" / "checkpoints")

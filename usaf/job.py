@@ -34,6 +34,9 @@ from usaf.workspace import PRIVATE
 
 INTERRUPTED = 130
 
+MEASURED = "measured"
+"""Source of a setting that the run found out by trying."""
+
 
 class _GivenUp(Exception):
     """The run was interrupted in an evaluation."""
@@ -171,7 +174,7 @@ class Job:
                 values, session.model, self.states, session.data.train, session.order, found, bar.update,
                 session.workspace("importance") or PRIVATE, session.unseen_states(),
             )  # fmt: skip
-        session.settings = session.settings.replace("measured", **rates)
+        session.settings = session.settings.replace(MEASURED, **rates)
         self.values = trainer.settings = session.settings.values
         self.write_settings()
         for name, turn in turns.items():
@@ -384,6 +387,7 @@ def resume(settings: ResolvedSettings, folder: Path, memory: PeakMemory) -> int:
     try:
         checkpoints = list_checkpoints(folder)
         saved = load_checkpoint(checkpoints[-1]) if checkpoints else None
+        settings = settings if saved else unmeasured(settings)
         say(settings.table())
         session = prepare(settings, saved.about["decisions"] if saved else None)
         if saved is not None:
@@ -394,6 +398,12 @@ def resume(settings: ResolvedSettings, folder: Path, memory: PeakMemory) -> int:
         return Job(session, run, memory).execute(saved)
     finally:
         run.close()
+
+
+def unmeasured(settings: ResolvedSettings) -> ResolvedSettings:
+    """Without what an earlier process has measured by the settings of then; it left nothing that was trained by it."""
+    measured = [name for name in FIELDS if settings.sources[name] == MEASURED]
+    return settings.replace("default", **{name: FIELDS[name].default for name in measured})
 
 
 def announce(session: Session, asked: ResolvedSettings) -> None:
