@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import World, copy_run, events, read_json
+from runs import World, copy_run, events, read_json, same_delta
 
 from usaf import session as session_module
 from usaf.data import DataOrder
@@ -44,6 +44,28 @@ def test_one_training_sequence_has_no_halves_to_compare(world: World, capsys: py
     assert world.train("one", DATASET_PATH=path, STEPS=1, MICROBATCH=1, IMPORTANCE_SAMPLES=2) == 0
     assert read_json(world.runs / "one" / "summary.json")["importance_half_overlap"] is None
     assert "no halves to compare" in capsys.readouterr().out
+
+
+def test_a_small_disk_caches_the_evaluation_sets_first(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has room for the 24 training rows, and after the evaluation sets no longer."""
+    unbounded = world.finished("unbounded", EVAL_EVERY="0")
+    row_bytes, spare = 24 * 64 * 2, 1000  # 5% of a disk of 20,000 bytes
+    cache = world.root / "small"
+
+    def usage(_: Path) -> Any:
+        used = sum(path.stat().st_size for path in cache.rglob("states.bin"))
+        return 20_000, 0, spare + 24 * row_bytes - used
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("usaf.prefix.shutil.disk_usage", usage)
+        assert world.train("small", EVAL_EVERY="0", PREFIX_CACHE_DIR=cache) == 0
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "the disk is full" in line)
+    assert "0 of 6 chunks are cached" in note
+    assert sorted(p.stat().st_size // row_bytes for p in cache.rglob("states.bin")) == [2, 4]  # in_domain, held out
+    assert same_delta(unbounded, world.runs / "small")
 
 
 # ---- cadence --------------------------------------------------------------------------------------------------------

@@ -86,12 +86,13 @@ class Job:
     # -- phases --------------------------------------------------------------------------------------------------------
 
     def fill_prefix(self) -> None:
-        """The boundary states of the training and evaluation sets, cached where they are to be."""
+        """The boundary states of the evaluation and training sets, cached where they are to be. Where the disk has no
+        room for all, evaluation sets go before: they are read at every evaluation, a training row once an epoch."""
         session = self.session
         assert session.order is not None
         self.states = session.boundary(session.data.train, session.order.chunks)
         self.evaluations = session.evaluation_states()
-        everything = [self.states, *self.evaluations.values()]
+        everything = [*self.evaluations.values(), self.states]
         began = time.perf_counter()
         fill_all(everything, self.phase_done)
         computed = sum(s.tokens_computed for s in everything)
