@@ -108,10 +108,11 @@ def test_a_run_that_diverges_ends_with_one_line(
     lost = lambda _model, hidden, *_: (math.nan, torch.zeros_like(hidden))  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr("usaf.trainer.loss_and_gradient", lost)
-        assert world.train("diverges", LR_PEAK="0.5", EVAL_EVERY="0") == 1
+        assert world.train("diverges", LR_PEAK="0.5", HEAD_LR="0.25", EVAL_EVERY="0") == 1
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error: " in line]
     assert len(errors) == 1
-    assert "LR_PEAK=0.5" in errors[0]
+    assert "LR_PEAK=0.5, HEAD_LR=0.25: " in errors[0]
+    assert "lower LR_PEAK, HEAD_LR or ROUTER_LR" in errors[0]
     assert "5 steps in a row" in errors[0]
     folder = world.runs / "diverges"
     assert list_checkpoints(folder)

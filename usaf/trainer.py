@@ -213,11 +213,16 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise RunError(
-                f"LR_PEAK={self.settings.lr_peak:g}: the loss or its gradient was not finite in {MAX_SKIPPED} steps in "
-                f"a row (the last is step {self.step + 1}); lower LR_PEAK or ROUTER_LR and start a new run, since a "
-                "resumed one keeps both"
-            )
+            raise RunError(self._diverged())
+
+    def _diverged(self) -> str:
+        head = self.model.head is not None
+        rates = f"LR_PEAK={self.settings.lr_peak:g}" + (f", HEAD_LR={self.settings.head_lr:g}" if head else "")
+        return (
+            f"{rates}: the loss or its gradient was not finite in {MAX_SKIPPED} steps in a row (the last is step "
+            f"{self.step + 1}); lower LR_PEAK{', HEAD_LR' if head else ''} or ROUTER_LR and start a new run, since a "
+            "resumed one keeps them"
+        )
 
     def _rate_of(self, name: str, rates: Rates) -> float:
         """That of a tensor that trains."""
