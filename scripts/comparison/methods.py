@@ -267,7 +267,9 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
         lambda _: None, projections=values.projections,
     )  # fmt: skip
     trainer.activate(found.active)
-    rates, _ = measure_learning_rates(values, session.model, states, rows, order, found, lambda _: None)
+    rates, _ = measure_learning_rates(
+        values, session.model, states, rows, order, found, lambda _: None, unseen=session.unseen_states()
+    )
     session.settings = session.settings.replace("measured", **rates)
     trainer.settings = session.settings.values
     setup_seconds = time.perf_counter() - began
