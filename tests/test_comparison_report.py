@@ -523,6 +523,18 @@ def test_written_report(tmp_path: Path) -> None:
             assert path.stat().st_size < 100_000
 
 
+def test_plots_have_the_arm_without_a_rate_and_no_ablation(tmp_path: Path) -> None:
+    for arm, rate in (("ours", None), ("none", None), ("lora", 1e-3), ("ours-frozen", 1e-3)):
+        nll = BEFORE if arm == "none" else None
+        write(tmp_path / "runs", content(arm, rate, **({"nll": nll} if nll else {})))
+    question = Question(ablations=[Ablation("one thing", "ours", ["ours", "ours-frozen"])])
+    write_report(tmp_path / "runs", tmp_path / "out", question)
+    for name, shown in (("forgetting.svg", {"ours", "lora"}), ("losses.svg", {"ours", "lora"})):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert {arm for arm in ("ours", "none", "lora", "ours-frozen") if f">{arm}<" in text} >= shown
+        assert ">ours-frozen<" not in text
+
+
 def test_report_comes_out_the_same_again(tmp_path: Path) -> None:
     fill(tmp_path / "runs")
     first, second = (write_report(tmp_path / "runs", tmp_path / name) for name in ("one", "two"))

@@ -64,6 +64,12 @@ def styles_of(found: Results, ours: str) -> dict[str, Style]:
     return {**look, ours: {"color": "black", "linestyle": "-", "linewidth": 2.0}}
 
 
+def point_of(arm: ArmResult) -> list[tuple[float, float]]:
+    """(gain, forgetting) of an arm without a rate of its own; empty where it did not train."""
+    best = arm.best
+    return [] if best is None or best.forgetting is None or best.gain == 0 else [(best.gain, best.forgetting)]
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +143,7 @@ def draw_forgetting(axes: Any, config: str, arms: Mapping[str, ArmResult], style
     best = max((run.gain for one in arms.values() for run in finished(one.sweep)), default=0.0)
     shown = [0.0]
     for arm, one in arms.items():
-        line = gain_line(one.sweep, forgetting_of)
+        line = gain_line(one.sweep, forgetting_of) or point_of(one)
         if not line:
             continue
         axes.plot(*zip(*line, strict=True), marker="o", markersize=3, label=arm, **styles[arm])

@@ -87,6 +87,16 @@ class Question:
     ablations: Sequence[Ablation] = ()
     swept: Sequence[str] = ()
 
+    def drawn(self, found: Results) -> Results:
+        """Without the arms of ablations, which would hide the others in a plot."""
+        ablated = {arm for one in self.ablations for arm in one.arms}
+
+        def shown(arms: Mapping[str, ArmResult]) -> dict[str, ArmResult]:
+            kept = {self.ours, *self.rivals(arms)}
+            return {name: arm for name, arm in arms.items() if name in kept or name not in ablated}
+
+        return {config: shown(arms) for config, arms in found.items()}
+
     def rivals(self, arms: Mapping[str, ArmResult]) -> list[str]:
         """Of one configuration."""
         if self.peers is not None:
@@ -104,7 +114,7 @@ def write_report(runs_folder: Path, output: Path, question: Question | None = No
     require_matplotlib()
     runs = load_runs(runs_folder)
     found = results(runs, question.arms)
-    plots = write_plots(output, found, question.ours)
+    plots = write_plots(output, question.drawn(found), question.ours)
     chosen = {run.path for arms in found.values() for arm in arms.values() for run in arm.seeds}
     drawn = {run.path for arms in found.values() for arm in arms.values() if (run := arm.drawn) is not None}
     loaded = {run.path for arms in found.values() for arm in arms.values() if (run := arm.loaded) is not None}
