@@ -18,7 +18,6 @@ from compare_methods import Run, finished, main, on_grid, wanted_runs
 from comparison.adapters import (
     adapter_targets,
     adapter_weights,
-    budget_of,
     head_weights,
     trained_blocks,
     whole_weights,
@@ -111,7 +110,7 @@ def test_the_product_and_masked_dense_weights_train_alike(
 def test_adapters_get_the_budget_and_reload(bed: Bed, frac: float) -> None:
     bed = dataclasses.replace(bed, frac=frac, steps=4)
     session = bed.session(0, SETTINGS)
-    budget = budget_of(bed, session)
+    budget = adapter_weights(bed, session, {})
     for name in ("lora-experts", "lora-experts-attention", "lora-attention", "qlora", "dora"):
         arm = ARMS[name]
         smallest = min(per_rank for per_rank, _, _ in adapter_targets(session, arm.options["targets"]))
@@ -132,7 +131,6 @@ def test_adapters_get_the_budget_and_reload(bed: Bed, frac: float) -> None:
 def test_adapters_by_head_share_and_by_bytes_use_what_they_may(bed: Bed, name: str, frac: float) -> None:
     bed = dataclasses.replace(bed, frac=frac, steps=4)
     session, options = bed.session(0, SETTINGS), ARMS[name].options
-    of_layers = adapter_targets(session, ("experts", "attention"))
     finest = adapter_targets(session, options["targets"])[-1][0]  # the head, or a layer
     found = run_arm(bed, name, 5e-3, 0, SETTINGS)
     whole = whole_weights(session) if options.get("whole") else 0
@@ -144,8 +142,6 @@ def test_adapters_by_head_share_and_by_bytes_use_what_they_may(bed: Bed, name: s
         rows = session.checkpoint.config.vocab_size + session.checkpoint.config.hidden_size
         ranks = int(found["note"].split(", ")[-1].split()[0])
         assert ranks * rows >= head_weights(bed, session) - rows / 2
-        assert (used - ranks * rows) >= 0
-        assert len(of_layers) == len(trained_blocks(session))
     if options.get("budget") == "bytes":
         own = run_arm(bed, "usaf-default", None, 0, SETTINGS)["artifact_bytes"]
         assert 0.8 * own < found["artifact_bytes"] < 1.2 * own  # with their headers

@@ -435,7 +435,7 @@ def test_bytes_table_has_ours_first_and_those_that_ran(make: Any) -> None:
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| ours", "| small"]
     assert lines[2].endswith("| - |")
     assert lines[3].endswith("| +0.2500 ± 0.0000 |")
-    assert lines[3].startswith("| small | 0.32 | 160,000 | 0.001 | 2 | 2.650 ± 0.071 | - | 4.250 ± 0.000 | +0.250")
+    assert lines[3].startswith("| small | 160,000 | 0.32 | 0.001 | 2 | 2.650 ± 0.071 | 14.15 | - | 4.250 ± 0.000 |")
 
 
 def test_load_table_is_of_1000_tokens_a_layer(make: Any) -> None:

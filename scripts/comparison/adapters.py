@@ -15,11 +15,6 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
 
 
-def budget_of(bed: Bed, session: Any) -> int:
-    """Weights that USAF trains: FRAC of every expert tensor of the trained layers, and their routers and norms."""
-    return sparse_weights(bed, session) + whole_weights(session)
-
-
 def sparse_weights(bed: Bed, session: Any) -> int:
     """Those of experts and head that USAF trains."""
     shapes = expert_shapes(session)
@@ -88,26 +83,27 @@ def adapter_config(bed: Bed, session: Any, options: dict[str, Any]) -> tuple[Any
     one more layer in that, or (`head_share`) gets USAF's part of the budget and what the layers leave.
     """
     targets = adapter_targets(session, options["targets"])
+    if "rank" in options:
+        rank = options["rank"]
+        names = [name for _, modules, parameters in targets for name in modules + parameters]
+        return lora_config(dict.fromkeys(names, rank), f"rank {rank} on {len(targets)} layers", options)
     budget = adapter_weights(bed, session, options)
     if not options.get("head_share"):
-        rank = options.get("rank") or budget // sum(per_rank for per_rank, _, _ in targets)
-        return lora_config(*shared_ranks(targets, budget, rank, "rank" in options), options)
+        ranks, _, words = shared_ranks(targets, budget)
+        return lora_config(ranks, words, options)
     per_rank, (head,), _ = targets.pop()
     of_head = max(1, min(round(head_weights(bed, session) / per_rank), budget // per_rank))
-    left = budget - of_head * per_rank
-    ranks, words = shared_ranks(targets, left, left // sum(weights for weights, _, _ in targets), False, least=0)
-    weights_of = {name: weights for weights, modules, parameters in targets for name in (modules + parameters)[:1]}
-    left -= sum(weights * ranks.get(name, 0) for name, weights in weights_of.items())
+    ranks, left, words = shared_ranks(targets, budget - of_head * per_rank, least=0)
     of_head += left // per_rank
     return lora_config({**ranks, head: of_head}, f"{words}, {of_head} on the head", options)
 
 
 def shared_ranks(
-    targets: list[tuple[int, list[str], list[str]]], budget: int, rank: int, given: bool, least: int = 1
-) -> tuple[dict[str, int], str]:
-    """(Module or parameter -> its rank, the same in words): `rank` for all, and where it was not given one more for the
-    upper ones. least: rank of the last one where there is budget for none."""
-    left = 0 if given else budget - rank * sum(per_rank for per_rank, _, _ in targets)
+    targets: list[tuple[int, list[str], list[str]]], budget: int, least: int = 1
+) -> tuple[dict[str, int], int, str]:
+    """(Module or parameter -> its rank, what is left of the budget, the ranks in words): the same rank for all, and one
+    more for the upper ones. least: rank of the last one where there is budget for none."""
+    rank, left = divmod(budget, sum(per_rank for per_rank, _, _ in targets))
     more: set[int] = set()  # of the targets, from the top
     for i in reversed(range(len(targets))):
         if targets[i][0] > left:
@@ -119,10 +115,10 @@ def shared_ranks(
     if above:
         ranks[-1] = least
     used = sum(map(bool, ranks))
-    words = f"rank {max(1, rank)} on {used} layers" + (f", one more on {len(more)}" if rank and more else "")
-    words += ", above the budget" if above else ""
+    words = f"rank {max(1, rank)} on {used} layers" if used else "no layer, whose rank 1 is above the budget"
+    words += (f", one more on {len(more)}" if rank and more else "") + (", above the budget" if above else "")
     named = zip(targets, ranks, strict=True)
-    return {name: r for (_, modules, names), r in named if r for name in [*modules, *names]}, words
+    return {name: r for (_, modules, names), r in named if r for name in [*modules, *names]}, left, words
 
 
 def lora_config(ranks: dict[str, int], words: str, options: dict[str, Any]) -> tuple[Any, str]:

@@ -73,23 +73,22 @@ def seeds_text(arm: ArmResult) -> str:
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
 
+def quality_header(full: str) -> list[str]:
+    return ["arm", "trainable", "artifact MB", "rate", "seeds", "test NLL", "ppl", f"of {full}'s gain", "held-out NLL",
+            "ppl", "forgetting", "ppl"]  # fmt: skip
+
+
 def quality_table(arms: Mapping[str, ArmResult], full: str) -> str:
-    header = ["arm", "trainable", "artifact MB", "rate", "seeds", "test NLL", "ppl", f"of {full}'s gain",
-              "held-out NLL", "ppl", "forgetting", "ppl"]  # fmt: skip
-    return markdown(header, [quality_row(arm, arms.get(full)) for arm in arms.values()])
+    return markdown(quality_header(full), [quality_row(arm, arms.get(full)) for arm in arms.values()])
 
 
 def bytes_table(arms: Mapping[str, ArmResult], full: str, ours: str, by_bytes: Sequence[str]) -> str:
-    """Ours and the arms whose budget is ours in bytes on disk."""
-    found = [arms[name] for name in (ours, *by_bytes) if name in arms]
-    header = ["arm", "artifact MB", "trainable", "rate", "seeds", "test NLL", f"of {full}'s gain", "held-out NLL",
-              "forgetting", "held-out less ours"]  # fmt: skip
-    rows = []
-    for arm in found:
-        less = None if arm is found[0] else difference(arm, found[0], lambda run: run.held_out)
-        row = quality_row(arm, arms.get(full))
-        rows.append([row[0], row[2], row[1], *row[3:6], row[7], row[8], row[10], difference_cell(less)])
-    return markdown(header, rows)
+    """Ours and the arms whose budget is ours in bytes on disk, and how much higher these are held out."""
+    rows = [[*quality_row(arms[ours], arms.get(full)), NONE]]
+    for arm in (arms[name] for name in by_bytes if name in arms):
+        more = difference(arm, arms[ours], lambda run: run.held_out)
+        rows.append([*quality_row(arm, arms.get(full)), difference_cell(more)])
+    return markdown([*quality_header(full), "held-out less ours"], rows)
 
 
 def load_table(run: Run) -> str:
