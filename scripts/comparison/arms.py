@@ -25,6 +25,11 @@ def usaf(about: str, guess: float = 5e-3, **settings: Any) -> Arm:
     return Arm("usaf", guess, about, {name: str(value) for name, value in settings.items()})
 
 
+def default(about: str, **settings: Any) -> Arm:
+    """With every rate as a user gets it; the demo's own ROUTER_LR is not the product's."""
+    return usaf(about, guess=0.0, ROUTER_LR="5e-5", **settings)
+
+
 def lab(about: str, guess: float = 5e-3, **recipe: Any) -> Arm:
     return Arm("lab", guess, about, recipe)
 
@@ -54,7 +59,7 @@ ARMS: dict[str, Arm] = {
                         targets=("experts", "attention"), base="hqq4", bf16=True, budget="bytes"),
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
     "usaf": usaf("the product, its rate swept as the others' are"),
-    "usaf-default": usaf("the product as it is, with no choice made", guess=0.0, ROUTER_LR="5e-5"),
+    "usaf-default": default("the product as it is, with no choice made"),
     "usaf-experts": usaf("experts and routers alone", TRAIN_HEAD=0, TRAIN_NORMS=0),
     "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
     "usaf-frozen-router": usaf("routers frozen", ROUTER_LR=0),
@@ -117,9 +122,9 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-experts-all": usaf("gate and up projections train too", PROJECTIONS="all", **EXPERTS_ALONE),
     "usaf-experts-static": usaf("never reselected", RESELECT_EVERY=0, **EXPERTS_ALONE),
     "usaf-experts-frozen-router": usaf("routers frozen", ROUTER_LR=0, **EXPERTS_ALONE),
-    "usaf-experts-default": usaf("at the default rates", guess=0.0, ROUTER_LR="5e-5", **EXPERTS_ALONE),
-    "usaf-experts-default-10": usaf("at the default rates, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
-                                    RESELECT_EVERY=10, **EXPERTS_ALONE),
+    "usaf-experts-default": default("at the default rates", **EXPERTS_ALONE),
+    "usaf-experts-default-10": default("at the default rates, reselected every 10 steps", RESELECT_EVERY=10,
+                                       **EXPERTS_ALONE),
     "usaf-experts-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5, **EXPERTS_ALONE),
     "lab": lab("the method with PROJECTIONS=all on dense weights, the baseline of the others"),
     "lab-original": lab("on the unquantised base", base="original"),
@@ -198,8 +203,7 @@ ABLATIONS: dict[str, Arm] = {
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-head-1": usaf("the head at the full rate", **FULL_HEAD),
-    "usaf-head-1-default": usaf("at the default rates", guess=0.0, ROUTER_LR="5e-5", LR_PEAK="0.0104",
-                                HEAD_LR="0.0104"),
+    "usaf-head-1-default": default("at the default rates", LR_PEAK="0.0104", HEAD_LR="0.0104"),
     "usaf-head-1-static": usaf("never reselected", RESELECT_EVERY=0, **FULL_HEAD),
     "usaf-head-1-frozen-router": usaf("routers frozen", ROUTER_LR=0, **FULL_HEAD),
     "usaf-head-1-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10, **FULL_HEAD),
@@ -208,12 +212,19 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
     "usaf-head-half": usaf("the head at half the rate", **HALF_HEAD),
     # kept for runs of before rates were measured, or `Rows.different_targets` was; run anew they are usaf-default
-    "usaf-by-width-default": usaf("at rates by width and FRAC: the default of before", guess=0.0, ROUTER_LR="5e-5"),
-    "usaf-head-half-default": usaf("the same, the head at half the rate", guess=0.0, ROUTER_LR="5e-5"),
-    "usaf-head-by-size-default": usaf("the same, the head's share of FRAC by its size", guess=0.0, ROUTER_LR="5e-5"),
+    "usaf-by-width-default": default("at rates by width and FRAC: the default of before"),
+    "usaf-head-half-default": default("the same, the head at half the rate"),
+    "usaf-head-by-size-default": default("the same, the head's share of FRAC by its size"),
+    # the product as it is but for one setting
+    "usaf-default-every-10": default("reselected every 10 steps", RESELECT_EVERY=10),
+    "usaf-default-static": default("never reselected", RESELECT_EVERY=0),
+    "usaf-default-until-85": default("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),
+    "usaf-default-decay": default("weight decay of 0.1", WEIGHT_DECAY=0.1),
+    "usaf-default-warmup-0.2": default("warm-up of a fifth", WARMUP=0.2),
+    "usaf-default-warmup-0": default("no warm-up", WARMUP=0),
+    "usaf-default-floor-0.5": default("cosine to half the peak", LR_FLOOR=0.5),
+    # and at a rate of the sweep
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
-    "usaf-default-10": usaf("as usaf-default, reselected every 10 steps", guess=0.0, ROUTER_LR="5e-5",
-                            RESELECT_EVERY=10),
     "usaf-every-20": usaf("reselected every 20 steps", RESELECT_EVERY=20),
     "usaf-drop-10": usaf("10% dropped at first", DROP_FRACTION=0.1),
     "usaf-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5),
