@@ -222,6 +222,10 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-default-decay": default("weight decay of 0.1", WEIGHT_DECAY=0.1),
     "usaf-default-warmup-0.2": default("warm-up of a fifth", WARMUP=0.2),
     "usaf-default-warmup-0": default("no warm-up", WARMUP=0),
+    "usaf-default-group-64": default("on a base with a scale for every 64 weights", GROUP_SIZE=64),
+    "usaf-default-8-bits": default("on a base of 8 bits", QUANT_BITS=8),
+    "qlora-group-64": peft("QLoRA, on a base with a scale for every 64 weights", 5e-3,
+                           targets=("experts", "attention"), base="hqq4-64", bf16=True),
     "usaf-default-floor-0.5": default("cosine to half the peak", LR_FLOOR=0.5),
     # and at a rate of the sweep
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),

@@ -224,6 +224,8 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         settings["HEAD_LR"] = repr(HEAD_RATES[settings["HEAD_LR"]] * float(settings["LR_PEAK"]))
     with tempfile.TemporaryDirectory() as folder:
         settings["PREFIX_CACHE_DIR"] = folder  # runs beside this one have their own
+        if {"GROUP_SIZE", "QUANT_BITS"} & arm.options.keys():  # a base of its own too
+            settings["QUANT_PATH"] = str(Path(folder) / "experts.safetensors")
         session, before = seeded_session(bed, seed, settings), held()
         load(session)
         start, loads = judged_by_product(bed, session)
