@@ -239,7 +239,7 @@ def test_evaluations_within_a_capture_window_are_noticed(
 
 
 def test_a_run_without_reselections_captures_nothing() -> None:
-    for flag in ("--reselect-every=0", "--drop-fraction=0", "--steps=60"):
+    for flag in ("--reselect-every=0", "--drop-fraction=0", "--steps=16"):
         values = load_settings([flag], {}, {}).values
         assert work_of(values, 4, 512, 9, 9, 512, 9, 2, 2).capture_steps == 0
 

@@ -207,7 +207,7 @@ class Settings:
         "peak learning rate of the experts' deltas, and of norms up to 0.01; warm-up then cosine",
         unset="measured: how far the chosen weights may go",
     )
-    reselect_every: int = _setting(50, _at_least(0), "steps between RigL reselections; 0 = never")
+    reselect_every: int = _setting(10, _at_least(0), "steps between RigL reselections; 0 = never")
     use_cuda: bool | None = _setting(
         None,
         _switch(),

@@ -254,7 +254,7 @@ class Trainer:
     # -- reselection ---------------------------------------------------------------------------------------------------
 
     # Steps are numbered from 1; `step` is the number of the last finished one, so the one that runs is step + 1. With
-    # RESELECT_EVERY = 50 and CAPTURE_STEPS = 4, steps 47 to 50 capture, and the reselection follows step 50.
+    # RESELECT_EVERY = 10 and CAPTURE_STEPS = 4, steps 7 to 10 capture, and the reselection follows step 10.
 
     def _last_reselection(self) -> int:
         """No reselection follows a later step: RESELECT_UNTIL as a step, and never the last of the run."""

@@ -13,21 +13,35 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Arm:
-    """family: who trains it. guess: the learning rate in whose neighbourhood the sweep begins."""
+    """family: who trains it. guess: the learning rate in whose neighbourhood the sweep begins. then: settings of the
+    product whose defaults were others when the arm was run; the command's own come before these."""
 
     family: str
     guess: float
     about: str
     options: dict[str, Any] = field(default_factory=dict)
+    then: dict[str, str] = field(default_factory=dict)
 
 
-def usaf(about: str, guess: float = 5e-3, **settings: Any) -> Arm:
-    return Arm("usaf", guess, about, {name: str(value) for name, value in settings.items()})
+OF_BEFORE = {"RESELECT_EVERY": "50"}
+
+
+def product(about: str, guess: float, then: dict[str, str], settings: dict[str, Any]) -> Arm:
+    return Arm("usaf", guess, about, {name: str(value) for name, value in settings.items()}, then)
 
 
 def default(about: str, **settings: Any) -> Arm:
     """With every rate as a user gets it; the demo's own ROUTER_LR is not the product's."""
-    return usaf(about, guess=0.0, ROUTER_LR="5e-5", **settings)
+    return product(about, 0.0, {}, {"ROUTER_LR": "5e-5", **settings})
+
+
+def earlier_default(about: str, **settings: Any) -> Arm:
+    return product(about, 0.0, OF_BEFORE, {"ROUTER_LR": "5e-5", **settings})
+
+
+def usaf(about: str, guess: float = 5e-3, **settings: Any) -> Arm:
+    """With a rate that is swept."""
+    return product(about, guess, OF_BEFORE, settings)
 
 
 def lab(about: str, guess: float = 5e-3, **recipe: Any) -> Arm:
@@ -58,7 +72,7 @@ ARMS: dict[str, Arm] = {
     "qlora-bytes": peft("LoRA on experts and attention, on the 4-bit base, in bf16, as many bytes as USAF's", 5e-3,
                         targets=("experts", "attention"), base="hqq4", bf16=True, budget="bytes"),
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
-    "usaf": usaf("the product, its rate swept as the others' are"),
+    "usaf": usaf("the product but for RESELECT_EVERY=50, its rate swept as the others' are"),
     "usaf-default": default("the product as it is, with no choice made"),
     "usaf-experts": usaf("experts and routers alone", TRAIN_HEAD=0, TRAIN_NORMS=0),
     "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
@@ -122,8 +136,8 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-experts-all": usaf("gate and up projections train too", PROJECTIONS="all", **EXPERTS_ALONE),
     "usaf-experts-static": usaf("never reselected", RESELECT_EVERY=0, **EXPERTS_ALONE),
     "usaf-experts-frozen-router": usaf("routers frozen", ROUTER_LR=0, **EXPERTS_ALONE),
-    "usaf-experts-default": default("at the default rates", **EXPERTS_ALONE),
-    "usaf-experts-default-10": default("at the default rates, reselected every 10 steps", RESELECT_EVERY=10,
+    "usaf-experts-default": earlier_default("at the default rates", **EXPERTS_ALONE),
+    "usaf-experts-default-10": earlier_default("at the default rates, reselected every 10 steps", RESELECT_EVERY=10,
                                        **EXPERTS_ALONE),
     "usaf-experts-drop-50": usaf("50% dropped at first", DROP_FRACTION=0.5, **EXPERTS_ALONE),
     "lab": lab("the method with PROJECTIONS=all on dense weights, the baseline of the others"),
@@ -203,7 +217,7 @@ ABLATIONS: dict[str, Arm] = {
     "lab-8bit": lab("moments in 8 bits", eight_bit=True),
     # settings
     "usaf-head-1": usaf("the head at the full rate", **FULL_HEAD),
-    "usaf-head-1-default": default("at the default rates", LR_PEAK="0.0104", HEAD_LR="0.0104"),
+    "usaf-head-1-default": earlier_default("at the default rates", LR_PEAK="0.0104", HEAD_LR="0.0104"),
     "usaf-head-1-static": usaf("never reselected", RESELECT_EVERY=0, **FULL_HEAD),
     "usaf-head-1-frozen-router": usaf("routers frozen", ROUTER_LR=0, **FULL_HEAD),
     "usaf-head-1-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10, **FULL_HEAD),
@@ -212,11 +226,11 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
     "usaf-head-half": usaf("the head at half the rate", **HALF_HEAD),
     # kept for runs of before rates were measured, or `Rows.different_targets` was; run anew they are usaf-default
-    "usaf-by-width-default": default("at rates by width and FRAC: the default of before"),
-    "usaf-head-half-default": default("the same, the head at half the rate"),
-    "usaf-head-by-size-default": default("the same, the head's share of FRAC by its size"),
+    "usaf-by-width-default": earlier_default("at rates by width and FRAC: the default of before"),
+    "usaf-head-half-default": earlier_default("the same, the head at half the rate"),
+    "usaf-head-by-size-default": earlier_default("the same, the head's share of FRAC by its size"),
     # the product as it is but for one setting
-    "usaf-default-every-10": default("reselected every 10 steps", RESELECT_EVERY=10),
+    "usaf-default-every-50": default("reselected every 50 steps", RESELECT_EVERY=50),
     "usaf-default-static": default("never reselected", RESELECT_EVERY=0),
     "usaf-default-until-85": default("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),
     "usaf-default-decay": default("weight decay of 0.1", WEIGHT_DECAY=0.1),

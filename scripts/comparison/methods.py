@@ -219,7 +219,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     from usaf.delta import load_delta, save_delta
     from usaf.session import apply_delta, load
 
-    settings = {**further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
+    settings = {**arm.then, **further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
     if settings.get("HEAD_LR") in HEAD_RATES:
         settings["HEAD_LR"] = repr(HEAD_RATES[settings["HEAD_LR"]] * float(settings["LR_PEAK"]))
     with tempfile.TemporaryDirectory() as folder:
