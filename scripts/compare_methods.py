@@ -301,8 +301,10 @@ def question() -> Question:
     by_bytes = [name for name, arm in ARMS.items() if arm.options.get("budget") == "bytes"]
     # an arm has the longest that begins its name
     baselines = ("usaf-default", "usaf", "usaf-head-1", "usaf-experts", "qlora", "now", "lab")
-    of = {a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY}
-    ablations = [Ablation(f"one thing changed of {b}", b, [a for a in EVERY if of[a] == b]) for b in baselines]
+    of = {
+        a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY if a not in by_bytes
+    }
+    ablations = [Ablation(f"one thing changed of {b}", b, [a for a in of if of[a] == b]) for b in baselines]
     return Question("Methods compared", "usaf-default", "full", rivals, by_bytes, list(EVERY), ablations, SWEPT)
 
 

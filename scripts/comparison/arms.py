@@ -225,7 +225,8 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-floor-0": usaf("cosine to 0", LR_FLOOR=0, **FULL_HEAD),
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
     "usaf-head-half": usaf("the head at half the rate", **HALF_HEAD),
-    # kept for runs of before rates were measured, or `Rows.different_targets` was; run anew they are usaf-default
+    # kept for runs of before rates were measured, or `Rows.different_targets` was; run anew they are
+    # usaf-default-every-50
     "usaf-by-width-default": earlier_default("at rates by width and FRAC: the default of before"),
     "usaf-head-half-default": earlier_default("the same, the head at half the rate"),
     "usaf-head-by-size-default": earlier_default("the same, the head's share of FRAC by its size"),
@@ -235,12 +236,10 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-default-until-85": default("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),
     "usaf-default-decay": default("weight decay of 0.1", WEIGHT_DECAY=0.1),
     "usaf-default-warmup-0.2": default("warm-up of a fifth", WARMUP=0.2),
-    "usaf-default-warmup-0": default("no warm-up", WARMUP=0),
     "usaf-default-group-64": default("on a base with a scale for every 64 weights", GROUP_SIZE=64),
     "usaf-default-8-bits": default("on a base of 8 bits", QUANT_BITS=8),
     "qlora-group-64": peft("QLoRA, on a base with a scale for every 64 weights", 5e-3,
                            targets=("experts", "attention"), base="hqq4-64", bf16=True),
-    "usaf-default-floor-0.5": default("cosine to half the peak", LR_FLOOR=0.5),
     # and at a rate of the sweep
     "usaf-every-10": usaf("reselected every 10 steps", RESELECT_EVERY=10),
     "usaf-every-20": usaf("reselected every 20 steps", RESELECT_EVERY=20),
