@@ -77,14 +77,37 @@ def test_places_are_stored_in_the_shorter_way(tmp_path: Path, between: int, kind
     assert torch.equal(load_delta(tmp_path / "delta").sparse[UP][0], indices)
 
 
-def test_a_delta_of_the_first_format_is_read(tmp_path: Path) -> None:
+def test_values_of_fp16_take_two_bytes_and_others_keep_every_bit(tmp_path: Path) -> None:
+    """Among the first the smallest number of fp16, the largest, a zero below zero; others need one bit more."""
+    short = torch.tensor([2**-24, 65504.0, -0.0, 1 + 2**-10, -6e-8]).to(torch.float16).to(torch.float32)
+    indices = torch.arange(5)
+    for value, dtype in ((short[0], torch.float16), (2**-25, torch.float32), (65520.0, torch.float32),
+                         (1 + 2**-11, torch.float32)):  # fmt: skip
+        values = torch.cat([short, torch.tensor([value])])
+        path = tmp_path / "delta"
+        save_delta(path, Delta({UP: (torch.arange(6), values), DOWN: (indices, short)}, {}, "", {}))
+        stored = load_file(path)
+        assert (stored[f"{UP}.values"].dtype, stored[f"{DOWN}.values"].dtype) == (dtype, torch.float16)
+        found = load_delta(path).sparse
+        assert torch.equal(found[UP][1].view(torch.int32), values.view(torch.int32))
+        assert torch.equal(found[DOWN][1].view(torch.int32), short.view(torch.int32))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_deltas_of_earlier_formats_are_read(tmp_path: Path, version: int) -> None:
+    """The first had indices alone, both had values in fp32 alone."""
     delta = example()
-    tensors = {
-        f"{n}.{part}": t
-        for n, both in delta.sparse.items()
-        for part, t in zip(("indices", "values"), both, strict=True)
+    tensors = {}
+    for name, (indices, values) in delta.sparse.items():
+        tensors[f"{name}.indices" if version == 1 else f"{name}.skips"] = (
+            indices if version == 1 else torch.diff(indices, prepend=torch.tensor([-1])).sub(1).to(torch.uint8)
+        )
+        tensors[f"{name}.values"] = values
+    metadata = {
+        "format": f"usaf-delta-{version}",
+        "base_fingerprint": delta.base_fingerprint,
+        "about": json.dumps(delta.about),
     }
-    metadata = {"format": "usaf-delta-1", "base_fingerprint": delta.base_fingerprint, "about": json.dumps(delta.about)}
     save_file({**tensors, **delta.whole}, tmp_path / "delta", metadata)
     found = load_delta(tmp_path / "delta")
     assert found.sparse.keys() == delta.sparse.keys()
@@ -171,7 +194,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "twice": (lambda t: t[f"{FAR}.indices"].__setitem__(1, 7), "rising order"),
     "fractions": (lambda t: t.update({f"{FAR}.indices": t[f"{FAR}.indices"].float()}), "whole numbers"),
     "skips of 16 bits": (lambda t: t.update({f"{UP}.skips": t[f"{UP}.skips"].short()}), "are not bytes"),
-    "16-bit values": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"].half()}), "float32"),
+    "values of another type": (lambda t: t.update({f"{UP}.values": t[f"{UP}.values"].bfloat16()}), "another type"),
+    "a router in 16 bits": (lambda t: t.update({GATE: t[GATE].half()}), "another type"),
     "not a number": (lambda t: t[f"{UP}.values"].__setitem__(2, float("nan")), "finite"),
     "an infinite router": (lambda t: t[GATE].__setitem__((0, 0), float("inf")), "finite"),
 }  # fmt: skip

@@ -102,7 +102,7 @@ def deltas(run: Run) -> dict[str, Tensor]:
     tensors = tensors_of_delta(run.delta)
     for target in (name.removesuffix(".indices") for name in tensors if name.endswith(".indices")):
         dense = torch.zeros(torch.Size(shapes[target]).numel())
-        dense[tensors[f"{target}.indices"].long()] = tensors[f"{target}.values"]
+        dense[tensors[f"{target}.indices"].long()] = tensors[f"{target}.values"].float()
         dense = dense.reshape(shapes[target])
         transposed = getattr(model.get_submodule(target.rpartition(".")[0]), "is_transposed", False)
         found[target] = dense.transpose(1, 2) if transposed else dense

@@ -88,6 +88,7 @@ OURS = {
     "TRAIN_NORMS": True,
     "GROUP_SIZE": 128,
     "QUANT_BITS": 4,
+    "DELTA_DTYPE": "fp16",
     "PREFIX_CACHE_DIR": None,
     "CACHE_DTYPE": "auto",
     "PREFIX_CHUNK_TOKENS": 8192,
@@ -98,6 +99,7 @@ OURS = {
     "MEMORY_LIMIT": None,
 }
 SHAPES_NOTHING = {
+    "DELTA_DTYPE",
     "QUANT_PATH",
     "USE_MULTI_GPU",
     "USE_FROZEN_CACHE",
@@ -203,6 +205,7 @@ OTHER_VALUES = {
     "TRAIN_NORMS": ("0", False),
     "GROUP_SIZE": ("64", 64),
     "QUANT_BITS": ("8", 8),
+    "DELTA_DTYPE": ("FP32", "fp32"),
     "PREFIX_CACHE_DIR": ("cache", "cache"),
     "CACHE_DTYPE": ("BF16", "bf16"),
     "PREFIX_CHUNK_TOKENS": ("1", 1),
@@ -284,6 +287,7 @@ OUT_OF_RANGE = [
     *itertools.product(["USE_CUDA", "USE_AMP", "USE_MULTI_GPU", "USE_FROZEN_CACHE"], ["2", "-1", "maybe", "auto"]),
     *itertools.product(["USE_RESIDENT"], ["2", "never"]),
     *itertools.product(["CACHE_DTYPE"], ["float16", "int8"]),
+    *itertools.product(["DELTA_DTYPE"], ["bf16", "auto", "16"]),
     *itertools.product(["ATTENTION"], ["flash", "0"]),
     *itertools.product(["SEED"], ["-1", str(2**63), "0.0"]),
     ("SEQ_LEN", "7"),

@@ -18,6 +18,7 @@ from runs import (
     REPOSITORY,
     TINY,
     World,
+    copy_run,
     curve,
     delta_tensors,
     events,
@@ -290,10 +291,24 @@ def test_delta_holds_what_was_trained_and_nothing_that_was_dropped(world: World)
     for name in names:
         indices = tensors[f"{name}.indices"]
         assert torch.equal(indices.long(), state[f"active/{name}"])
-        assert torch.equal(tensors[f"{name}.values"], state[f"delta/{name}"])
+        assert torch.equal(tensors[f"{name}.values"], state[f"delta/{name}"].half())
         assert bool((indices[1:] > indices[:-1]).all())
     active = sum(len(t) for n, t in tensors.items() if n.endswith(".indices"))
     assert active == read_json(folder / "summary.json")["active_parameters"]  # dropped ones left
+
+
+def test_a_finished_run_can_be_finished_again_in_fp32(world: World, tmp_path: Path) -> None:
+    """Its last checkpoint has every bit; what is evaluated is what is saved, in either type."""
+    short, folder = world.finished("plain"), copy_run(world.finished("plain"), world.runs / tmp_path.name)
+    assert world.train(None, RESUME=folder, DELTA_DTYPE="fp32") == 0
+    long, rounded = delta_tensors(folder), delta_tensors(short)
+    assert long.keys() == rounded.keys()
+    for name, tensor in rounded.items():
+        assert tensor.dtype == (torch.float16 if name.endswith(".values") else long[name].dtype)
+        assert torch.equal(tensor, long[name].to(tensor.dtype))
+    ours = {e["name"]: e["loss"] for e in evaluated(folder, tmp_path)}
+    assert ours == {name: e["loss"] for name, e in final_evaluations(folder).items()}
+    assert ours != {name: e["loss"] for name, e in final_evaluations(short).items()}
 
 
 @pytest.mark.parametrize("frac", ["0.05", "2e-4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +288,25 @@ def test_the_delta_holds_what_trained(opened: SparseModel) -> None:
         assert torch.equal(indices, trainer.banks[name].active)
         assert torch.equal(values, trainer.banks[name].delta)
     assert (delta.base_fingerprint, delta.about) == (model.base_fingerprint, {"step": 2})
+
+
+def test_deltas_are_rounded_to_what_is_saved(model: SparseModel) -> None:
+    """To the nearest of fp16, where they fit into it; in fp32 nothing changes."""
+    trainer = make_trainer(model)
+    advance(trainer, 2)
+    trained = {name: bank.delta.detach().clone() for name, bank in trainer.banks.items()}
+    trainer.settings = dataclasses.replace(trainer.settings, delta_dtype="fp32")
+    trainer.round_deltas()
+    assert all(torch.equal(bank.delta, trained[name]) for name, bank in trainer.banks.items())
+    trainer.settings = dataclasses.replace(trainer.settings, delta_dtype="fp16")
+    large = next(iter(trainer.banks))
+    trained[large][0] = trainer.banks[large].delta.data[0] = 7e4
+    trainer.round_deltas()
+    for name, bank in trainer.banks.items():
+        expected = trained[name] if name == large else torch.from_numpy(trained[name].numpy().astype("float16"))
+        assert torch.equal(bank.delta, expected.float())
+        assert bank.delta.requires_grad
+    assert not all(torch.equal(bank.delta, trained[name]) for name, bank in trainer.banks.items())
 
 
 # ---- when to reselect -----------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The trained result as a file: which weights, by how much, and what trained whole; nothing else.
 
-`delta.safetensors` holds, for each fused expert parameter and for the head, `<parameter>.values` (fp32) and where they
-go, in the shorter of two ways: `<parameter>.skips`, bytes that say how many weights lie between one trained weight
-and the next (`encode_skips`; a byte and a little for each at the usual densities), or `<parameter>.indices` (flat,
-sorted; int32 where they fit). Every trained router and norm stands in it whole in fp32. A weight that was dropped is
-not in it: it is at its base value, in memory and here alike. The metadata carries the fingerprint of the base (a delta
-fits one base only) and every choice that a measurement made, so that another process computes the same bits.
+`delta.safetensors` holds, for each fused expert parameter and for the head, `<parameter>.values` (fp16 where that keeps
+every bit, as it does behind `Trainer.round_deltas`, else fp32) and where they go, in the shorter of two ways:
+`<parameter>.skips`, bytes that say how many weights lie between one trained weight and the next (`encode_skips`; a byte
+and a little for each at the usual densities), or `<parameter>.indices` (flat, sorted; int32 where they fit). Every
+trained router and norm stands in it whole in fp32. A weight that was dropped is not in it: it is at its base value, in
+memory and here alike. The metadata carries the fingerprint of the base (a delta fits one base only) and every choice
+that a measurement made, so that another process computes the same bits.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from usaf.errors import UserError
 from usaf.files import replacing
 from usaf.tensor_file import TensorFile, TensorFileWriter
 
-FORMAT = "usaf-delta-2"
-FORMATS = ("usaf-delta-1", FORMAT)  # the first had indices alone
+FORMAT = "usaf-delta-3"
+FORMATS = ("usaf-delta-1", "usaf-delta-2", FORMAT)  # the first had indices alone, both had values in fp32 alone
 INT32_LIMIT = 2**31
 BLOCK = 2**20  # indices, or bytes of skips, that are encoded at a time: what that takes stays small beside them
 GOES_ON = 255  # a byte that skips so many weights and ends no skip
@@ -46,7 +47,7 @@ def save_delta(path: Path, delta: Delta) -> int:
     for name, (indices, values) in delta.sparse.items():
         kind, places = stored_places(indices)
         tensors[f"{name}.{kind}"] = places
-        tensors[f"{name}.values"] = values
+        tensors[f"{name}.values"] = stored_values(values)
     tensors.update(delta.whole)
     metadata = {"format": FORMAT, "base_fingerprint": delta.base_fingerprint, "about": json.dumps(delta.about)}
     with replacing(path) as file:
@@ -54,6 +55,12 @@ def save_delta(path: Path, delta: Delta) -> int:
         for name, tensor in tensors.items():
             writer.write(name, 0, tensor)
     return path.stat().st_size
+
+
+def stored_values(values: Tensor) -> Tensor:
+    """In fp16 where that keeps every bit. values: fp32."""
+    half = values.to(torch.float16)
+    return half if torch.equal(half.to(torch.float32), values) else values
 
 
 def stored_places(indices: Tensor) -> tuple[str, Tensor]:
@@ -108,7 +115,7 @@ def load_delta(path: Path) -> Delta:
         raise UserError(f"{path}: {fault}; the file is damaged, copy it again, or run again")
     sparse = {}
     for name in (name.removesuffix(".values") for name in tensors if name.endswith(".values")):
-        sparse[name] = (read_places(tensors, name), tensors[f"{name}.values"])
+        sparse[name] = (read_places(tensors, name), tensors[f"{name}.values"].to(torch.float32))
     whole = {n: t for n, t in tensors.items() if not n.endswith((".indices", ".skips", ".values"))}
     return Delta(sparse, whole, metadata["base_fingerprint"], json.loads(metadata["about"]))
 
@@ -139,8 +146,10 @@ def find_fault(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | No
                 return f"{stem} has not one value for each index"
         elif part == "values" and (f"{stem}.indices" in tensors) == (f"{stem}.skips" in tensors):
             return f"{name} have no indices, or twice"
-        elif tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
-            return f"{name} holds something else than finite numbers in float32"
+        elif tensor.dtype != torch.float32 and not (part == "values" and tensor.dtype == torch.float16):
+            return f"{name} are of another type than a delta's"
+        elif not bool(torch.isfinite(tensor).all()):
+            return f"{name} holds something else than finite numbers"
     return None
 
 

@@ -325,9 +325,10 @@ class Job:
         return 0
 
     def finish(self, trainer: Trainer) -> None:
-        """The final checkpoint, the delta, the last evaluation, the summary and the table."""
+        """The final checkpoint (in fp32), the delta, the last evaluation, the summary and the table."""
         if self.saved_step != trainer.step:
             self.save(trainer)
+        trainer.round_deltas()
         delta_bytes = save_delta(self.run.delta_path, trainer.delta(self.delta_about(trainer)))
         after = self.evaluate(trainer.step)
         self.count()

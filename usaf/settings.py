@@ -305,6 +305,12 @@ class Settings:
     quant_bits: int = _setting(
         4, _whole("that is 4 or 8", lambda value: value in (4, 8)), "bits of a frozen expert weight"
     )
+    delta_dtype: str = _setting(
+        "fp16",
+        _choice("fp16", "fp32"),
+        "type to which the deltas are rounded after the last step, before they are evaluated and saved",
+        shapes_result=False,  # of training: checkpoints hold fp32, and a finished run can be finished again
+    )
     prefix_cache_dir: str | None = _setting(
         None,
         _text("a folder", "FOLDER"),
@@ -341,7 +347,7 @@ class Settings:
             assert _allowed(field, value), f"{field.name}={value!r} must be {field.metadata['check'].rule}"
 
 
-BEFORE: dict[str, Any] = {"projections": "all", "train_head": False, "train_norms": False}
+BEFORE: dict[str, Any] = {"projections": "all", "train_head": False, "train_norms": False, "delta_dtype": "fp32"}
 """What these settings stood for before there were any: of deltas and runs of then."""
 
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}

@@ -137,6 +137,19 @@ class Trainer:
         whole = {name: weight.detach().cpu() for name, weight in self.whole().items()}
         return Delta(sparse, whole, self.model.base_fingerprint, about)
 
+    @torch.no_grad()
+    def round_deltas(self) -> None:
+        """Behind the last step: to DELTA_DTYPE, in which they are saved, so that what is judged is what is saved.
+
+        In fp16 a delta keeps 11 bits, below 6e-5 it is a multiple of 6e-8; a tensor with one beyond 65,504 stays.
+        """
+        if self.settings.delta_dtype == "fp32":
+            return
+        for bank in self.banks.values():
+            rounded = bank.delta.to(torch.float16).to(torch.float32)
+            if bool(torch.isfinite(rounded).all()):
+                bank.delta.copy_(rounded)
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def train_step(self) -> StepResult:

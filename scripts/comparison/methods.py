@@ -234,6 +234,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
                 trainer, figures = train_product(session)
         except RunError as error:  # diverged
             return {"start": start, "nll": dict.fromkeys(start, math.nan), "diverged": True, "note": one_line(error)}
+        trainer.round_deltas()
         nll, after = judged_by_product(bed, session)
         delta, path = trainer.delta({}), Path(folder) / "delta.safetensors"
         size = save_delta(path, delta)
