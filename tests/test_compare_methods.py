@@ -19,6 +19,7 @@ from comparison.adapters import (
     adapter_targets,
     adapter_weights,
     head_weights,
+    sparse_weights,
     trained_blocks,
     whole_weights,
 )  # fmt: skip
@@ -145,6 +146,8 @@ def test_adapters_by_head_share_and_by_bytes_use_what_they_may(bed: Bed, name: s
     if options.get("budget") == "bytes":
         own = run_arm(bed, "usaf-default", None, 0, SETTINGS)["artifact_bytes"]
         assert 0.8 * own < found["artifact_bytes"] < 1.2 * own  # with their headers
+        sparse, long = sparse_weights(bed, session), bed.session(0, {**SETTINGS, "DELTA_DTYPE": "fp32"})
+        assert adapter_weights(bed, long, options) - adapter_weights(bed, session, options) == sparse  # 2 bytes, of 2
 
 
 def test_qlora_starts_from_the_same_base_as_usaf(bed: Bed) -> None:

@@ -34,12 +34,14 @@ def whole_weights(session: Any) -> int:
 def adapter_weights(bed: Bed, session: Any, options: dict[str, Any]) -> int:
     """How many weights an arm's adapters may have.
 
-    As many as USAF trains, or as fit into its bytes: 3 for a weight of experts or head, where it goes among them, 4 for
-    one of routers and norms. Where an arm trains these whole, its adapters get the rest.
+    As many as USAF trains, or as fit into its bytes: one for where a weight of experts or head goes, and those of
+    DELTA_DTYPE for its value; 4 for one of routers and norms. Where an arm trains these whole, its adapters get the
+    rest.
     """
     sparse, whole = sparse_weights(bed, session), whole_weights(session)
     if options.get("budget") == "bytes":
-        return (3 * sparse + 4 * whole) // (2 if options.get("bf16") else 4)
+        value = 2 if session.settings.values.delta_dtype == "fp16" else 4
+        return ((1 + value) * sparse + 4 * whole) // (2 if options.get("bf16") else 4)
     return sparse + (0 if options.get("whole") else whole)
 
 
