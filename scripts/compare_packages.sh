@@ -3,6 +3,7 @@
 #
 #     scripts/compare_packages.sh manpages      # a small OLMoE that read English manual pages learns the German ones
 #     scripts/compare_packages.sh rust          # a small Mixtral that read Rust learns Go
+#     scripts/compare_packages.sh ruby          # a small Qwen2-MoE that read Ruby learns how Rails is written
 #     scripts/compare_packages.sh rust --folder runs/rust --arms usaf-default,lora-experts-attention --seeds 1
 #
 # Needs Debian or Ubuntu, and pip install -e ".[bench]". What follows the first word goes to scripts/compare_methods.py,
@@ -27,8 +28,19 @@ rust)
     done
     HELD_OUT=(grpc etcd) FORGETTING=rust PRETRAINING_STEPS=${PRETRAINING_STEPS:-900}
     ;;
+ruby)
+    PACKAGES=(redmine puppet-agent vagrant rubocop libruby3.1 rake jekyll)
+    for name in actioncable actionmailer actionpack actionview activejob activemodel activerecord activestorage \
+        activesupport railties acts-as-taggable-on cancancan carrierwave devise doorkeeper friendly-id paper-trail \
+        will-paginate \
+        asciidoctor bio bundler capybara concurrent dnsruby fog-aws fog-openstack graphql haml kramdown mail mongo \
+        net-ssh octokit pdf-reader prawn rack rouge rspec-core ruby-parser sass sequel sidekiq soap4r xmpp4r; do
+        PACKAGES+=("ruby-$name")
+    done
+    HELD_OUT=(plugins redmine) FORGETTING=ruby PRETRAINING_STEPS=${PRETRAINING_STEPS:-1200}
+    ;;
 *)
-    echo "error: ${BED:-no model}: the first word must be manpages or rust, and what follows it goes to" \
+    echo "error: ${BED:-no model}: the first word must be manpages, rust or ruby, and what follows it goes to" \
         "scripts/compare_methods.py" >&2
     exit 2
     ;;

@@ -16,21 +16,18 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from transformers import OlmoeConfig, PretrainedConfig
+from transformers import OlmoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pretrain_demo import arguments, pretrain, train_tokenizer
+from package_texts import LONGEST, pretrain_and_hold_out, write
+from pretrain_demo import arguments
 
 ENGLISH = ("manpages", "manpages-dev", "git-man", "systemd")
 GERMAN = ("manpages-de", "manpages-de-dev")
 VOCAB_SIZE = 8192
-HELD_OUT_EVERY = 20
-LONGEST = 40_000  # characters of a page; a few lists of Unicode and of system calls are ten times as long
 
 
 def pages(folder: Path, packages: tuple[str, ...], language: str = "") -> dict[str, str]:
@@ -58,24 +55,6 @@ def olmoe_config(eos_token_id: int) -> OlmoeConfig:
         router_aux_loss_coef=0.01, tie_word_embeddings=False, bos_token_id=None, eos_token_id=eos_token_id,
         pad_token_id=eos_token_id,
     )  # fmt: skip
-
-
-def write(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-
-
-def pretrain_and_hold_out(
-    texts: list[str], held_out_name: str, vocab_size: int, config: Callable[[int], PretrainedConfig],
-    args: argparse.Namespace,
-) -> None:  # fmt: skip
-    """Writes `moe`, pretrained on all but one in `HELD_OUT_EVERY` of the texts, and these, below `args.output`. config:
-    from the id of the end-of-text token."""
-    held_out = texts[::HELD_OUT_EVERY]
-    learned = [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY]
-    write(args.output / f"{held_out_name}.jsonl", held_out)
-    args.output /= "moe"
-    tokenizer = train_tokenizer(learned, vocab_size)
-    pretrain(config(tokenizer.eos_token_id), tokenizer, learned, held_out, args)
 
 
 def main() -> None:

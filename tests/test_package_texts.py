@@ -1,4 +1,4 @@
-"""What the fourth model of the comparison reads: sources of unpacked Debian packages."""
+"""What the models of the comparison read: sources of unpacked Debian packages, and the models that read them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import pretrain_rust
-from pretrain_rust import mixtral_config, sources
+import package_texts
+from package_texts import sources
+from pretrain_ruby import qwen2_config
+from pretrain_rust import mixtral_config
 
 BODY = "package a\n\n// A says how many.\nfunc A() int {\n\treturn 1\n}\n"
 
@@ -32,11 +34,13 @@ def test_sources_are_written_by_people_and_come_once(tmp_path: Path, monkeypatch
     write(second / "b.go", BODY + "// b\n")
     assert sources([first, second], ".go") == [BODY, BODY + "// b\n"]
     assert sources([tmp_path / "absent"], ".go") == []
-    monkeypatch.setattr(pretrain_rust, "LONGEST", len(BODY))
+    monkeypatch.setattr(package_texts, "LONGEST", len(BODY))
     assert sources([first, second], ".go") == [BODY]  # cut, they are the same
 
 
-def test_the_fourth_model_is_unlike_the_others() -> None:
-    config = mixtral_config(0)
-    assert (config.model_type, config.num_local_experts, config.num_experts_per_tok) == ("mixtral", 8, 2)
-    assert not config.tie_word_embeddings
+def test_each_model_is_unlike_the_others() -> None:
+    mixtral, qwen2 = mixtral_config(0), qwen2_config(0)
+    assert (mixtral.model_type, mixtral.num_local_experts, mixtral.num_experts_per_tok) == ("mixtral", 8, 2)
+    assert (qwen2.model_type, qwen2.num_experts, qwen2.mlp_only_layers) == ("qwen2_moe", 32, [0])
+    assert not mixtral.tie_word_embeddings
+    assert not qwen2.tie_word_embeddings
