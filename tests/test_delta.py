@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import usaf.delta
-from usaf.delta import Delta, decode_skips, encode_skips, experts_moved, load_delta, save_delta
+from usaf.delta import Delta, decode_skips, encode_skips, experts_moved, load_delta, save_delta, scaled
 from usaf.errors import UserError
 
 UP, DOWN = "model.layers.1.mlp.sparse.gate_up_proj", "model.layers.1.mlp.sparse.down_proj"
@@ -53,6 +53,20 @@ def test_round_trip_to_the_bit(tmp_path: Path, last: int) -> None:
         assert stored[f"{UP}.skips"].tolist() == [0, 2, 13, 22, 38]
     else:  # far apart, an index is shorter
         assert stored[f"{UP}.indices"].dtype == (torch.int32 if last < 2**31 else torch.int64)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.8, 1.5])
+def test_a_scaled_delta_lies_on_the_line_from_the_base(scale: float) -> None:
+    delta, name = example(), "model.layers.1.mlp.gate.weight"
+    own = {name: torch.ones(4, 6).to(torch.bfloat16), "model.layers.0.mlp.gate.weight": torch.ones(4, 6)}
+    found = scaled(delta, scale, own)
+    for key, (indices, values) in delta.sparse.items():
+        assert torch.equal(found.sparse[key][0], indices)
+        torch.testing.assert_close(found.sparse[key][1], values * scale, rtol=1e-6, atol=0)
+    assert found.whole.keys() == {name}
+    torch.testing.assert_close(found.whole[name], (1 - scale) * torch.ones(4, 6) + scale * delta.whole[name])
+    assert (found.base_fingerprint, found.about) == (delta.base_fingerprint, delta.about)
+    assert scaled(delta, 1.0, {}) is delta
 
 
 @pytest.mark.parametrize("between", [0, 1, 60, 254, 255, 256, 1000])

@@ -281,6 +281,23 @@ def test_perplexities_are_those_of_the_files(
     assert evaluation["loss_original"] != evaluation["loss_dequantized"]
 
 
+def test_at_half_the_scale_half_of_the_change_is_written(
+    run_of: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, before = run_of(), loaded(run_of().model)
+    whole_of_it = export(run, tmp_path / "all", "--dtype", "fp32")
+    figures = export(run, tmp_path / "half", "--dtype", "fp32", "--scale", "0.5")
+    assert "at scale 0.5" in capsys.readouterr().out
+    assert (whole_of_it["scale"], figures["scale"]) == (1, 0.5)
+    every, half = loaded(tmp_path / "all"), loaded(tmp_path / "half")
+    for name, weight in half.items():
+        base = before.get(name, before["model.embed_tokens.weight"])  # a trained head that was tied is its own now
+        torch.testing.assert_close(weight, (base + every[name]) / 2, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(half[name], every[name]) for name in half)
+    for whole_one, half_one in zip(whole_of_it["evaluations"], figures["evaluations"], strict=True):
+        assert whole_one["loss_as_trained"] != half_one["loss_as_trained"]
+
+
 def test_both_bases_give_the_same_comparison(run_of: Callable[..., Run], tmp_path: Path) -> None:
     """One column is read back from the files, the other computed: whichever is which, the figures agree to the bit."""
     run = run_of()

@@ -41,7 +41,6 @@ from usaf.generation import (
     base_alone,
     generate,
     layers_on_device,
-    own_weights,
     read_ending,
 )
 from usaf.model import SparseModel
@@ -108,7 +107,7 @@ def answer(model: SparseModel, new: int = 20, **changes: Any) -> Generated:
 def test_greedy_tokens_are_those_of_transformers_own_model(folder: Path) -> None:
     model = families.build(folder)
     without = answer(model).token_ids
-    own = own_weights(model)
+    own = model.own_weights()
     tune(model)
     found = answer(model)
     assert found.token_ids == greedy(reference_of(folder, model), PROMPT, 20)
@@ -142,7 +141,7 @@ def test_a_device_gives_the_tokens_of_the_cpu_and_the_host_keeps_its_own(folder:
         model = families.build(folder, directml_backend(device))
         for layer in (2, 3):
             model.place(layer, device)
-        untuned = own_weights(model)
+        untuned = model.own_weights()
         without = {name: id(tensor) for name, tensor in tensors_of(model).items()}
         tune(model, start=2)
         own = {name: id(tensor) for name, tensor in tensors_of(model).items()}
@@ -458,6 +457,14 @@ def test_raw_base_and_compare(trained: World, capsys: pytest.CaptureFixture[str]
     assert read_json(tmp_path / "f.json")["generations"][0]["text"] == base
 
 
+def test_a_hundredth_of_the_change_answers_as_the_base(trained: World, tmp_path: Path) -> None:
+    given = ["--delta", delta_of(trained), "--raw", "--max-new-tokens", 16, "--json", tmp_path / "f.json"]
+    assert run(*given, "--prompt", "hello", "--scale", "0.01") == 0
+    written = read_json(tmp_path / "f.json")
+    assert written["scale"] == 0.01
+    assert written["generations"][0]["text"] == expected_text(trained, "hello", 16, with_delta=False, raw=True)
+
+
 @pytest.mark.parametrize(("columns", "divided"), [(100, True), (40, False)])
 def test_compare_fits_the_terminal(
     trained: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int, divided: bool
@@ -510,6 +517,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "top-p": (["--delta", "{delta}", "--top-p", "0", "--prompt", "x"], "--top-p 0.0: must be"),
     "top-k": (["--delta", "{delta}", "--top-k", "0", "--prompt", "x"], "--top-k 0: must be"),
     "greedy and top-k": (["--delta", "{delta}", "--temperature", "0", "--top-k", "3", "--prompt", "x"], "contradicts"),
+    "two scales": (["--delta", "{delta}", "--scale", "0.5,1", "--prompt", "x"], "--scale 0.5,1: must be a n"),
+    "a scaled base": (["--delta", "{delta}", "--base", "--scale", "0.5", "--prompt", "x"], "--scale contradicts"),
     "seed": (["--delta", "{delta}", "--seed", "-1", "--prompt", "x"], "--seed -1: must be"),
     "too long": (["--delta", "{delta}", "--prompt", "x" * 300], "--prompt: the prompt has 3.. tokens, and .* 256"),
     "json is a folder": (["--delta", "{delta}", "--json", "{tmp}", "--prompt", "x"], "--json .*: is a folder"),

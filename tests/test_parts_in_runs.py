@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from usaf import evaluate, export, sparse_head
-from usaf.generation import base_alone, own_weights
+from usaf.generation import base_alone
 from usaf.run import list_checkpoints, load_checkpoint
 from usaf.trained_parts import open_head, open_norms
 
@@ -199,7 +199,7 @@ def test_the_base_alone_has_its_own_head_and_norms(part: str, tied: bool, tmp_pa
     model = build(write_checkpoint(tmp_path, tie_word_embeddings=tied))
     open_norms(model, 2)
     assert open_head(model)
-    before, kept = logits_of(model, BATCH), own_weights(model)
+    before, kept = logits_of(model, BATCH), model.own_weights()
     assert model.head is not None
     if part != "norms":
         model.head.set_active(torch.arange(0, 2000, 3), torch.full((667,), 0.3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import signal
@@ -28,8 +29,10 @@ from runs import (
     signal_at_step,
 )
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from usaf import evaluate as evaluate_module
+from usaf.delta import load_delta, save_delta
 from usaf.devices import choose_backend, cuda
 from usaf.learning_rate import Line
 from usaf.session import prepare
@@ -366,6 +369,47 @@ def test_the_base_alone_is_step_zero(world: World, tmp_path: Path) -> None:
     folder = world.finished("plain")
     first = {e["name"]: e["loss"] for e in events(folder, "eval") if e["step"] == 0}
     assert {e["name"]: e["loss"] for e in evaluated(folder, tmp_path, "--base")} == first
+
+
+def test_evaluating_at_several_scales(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is the run's model with its file's change multiplied, and the whole of it is what was trained."""
+    folder = world.finished("plain")
+    own = AutoModelForCausalLM.from_pretrained(world.model, dtype=torch.float32).state_dict()
+    delta, halved = load_delta(folder / "delta.safetensors"), tmp_path / "halved"
+    sparse = {name: (indices, values / 2) for name, (indices, values) in delta.sparse.items()}
+    whole = {name: (weight + own[name]) / 2 for name, weight in delta.whole.items()}
+    halved.mkdir()
+    save_delta(halved / "delta.safetensors", dataclasses.replace(delta, sparse=sparse, whole=whole))
+    capsys.readouterr()
+    found = evaluated(folder, tmp_path, "--scale", "1,0.5,1.0")
+    header = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity at scale"))
+    assert header.split()[3:] == ["1", "0.5"]
+    last = {name: e["loss"] for name, e in final_evaluations(folder).items()}
+    assert {e["name"]: e["loss"] for e in found if e["scale"] == 1} == last
+    half = {e["name"]: e["loss"] for e in found if e["scale"] == 0.5}
+    assert half.keys() == last.keys()
+    for e in evaluated(halved, tmp_path):
+        assert half[e["name"]] == pytest.approx(e["loss"], rel=1e-5)
+        assert half[e["name"]] != last[e["name"]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        *((["--scale", scale], f"--scale {scale}: must be numbers above 0") for scale in ("0", "2.5", "nan", "1,", "")),
+        (["--scale", "0.5", "--base"], "--scale contradicts --base"),
+    ],
+)
+def test_a_bad_scale_is_one_line(
+    world: World, flags: list[str], pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = world.finished("plain")
+    capsys.readouterr()
+    assert evaluate_module.main(["--delta", str(folder / "delta.safetensors"), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {pattern}")
+    assert err.count("\n") == 1
 
 
 def test_a_delta_on_another_base_is_refused(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

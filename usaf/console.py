@@ -17,6 +17,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
@@ -50,6 +51,33 @@ def add_delta_flags(parser: argparse.ArgumentParser, required: bool = True) -> N
     parser.add_argument("--model", help="the base model, if it has moved since the run")
     parser.add_argument("--quant", metavar="PATH", help="the 4-bit experts, if they have moved since the run")
     parser.add_argument("--use-cuda", choices=("0", "1"), help="another device than the run's; its bits may differ")
+
+
+def add_scale_flag(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Gives a list of numbers, of one unless `several`."""
+    parser.add_argument(
+        "--scale", type=partial(scales_of, several=several), default="1", metavar="X,..." if several else "X",
+        help="how much of what was trained counts, above 0 and at most 2 (default 1): below 1, more of the base is kept"
+        + ("; several, comma-separated, are evaluated one after the other" if several else ""),
+    )  # fmt: skip
+
+
+def scales_of(text: str, several: bool) -> list[float]:
+    """What --scale says. Raises UserError."""
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = []
+    if not scales or not all(0 < scale <= 2 for scale in scales) or (len(scales) > 1 and not several):
+        numbers = "numbers above 0 and at most 2, comma-separated" if several else "a number above 0 and at most 2"
+        raise UserError(f"--scale {text}: must be {numbers}; 1 is the model as it was trained, 0.8 a usual other")
+    return scales
+
+
+def refuse_scaled_base(arguments: argparse.Namespace) -> None:
+    """Of a command with both flags."""
+    if arguments.base and arguments.scale != [1.0]:
+        raise UserError("--scale contradicts --base, which leaves the delta out; leave one of them out")
 
 
 def add_base_flag(parser: argparse.ArgumentParser) -> None:

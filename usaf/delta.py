@@ -12,7 +12,8 @@ that a measurement made, so that another process computes the same bits.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ class Delta:
     whole: dict[str, Tensor]
     base_fingerprint: str
     about: dict[str, Any]  # shapes, decisions, step, train_from, ...
+
+
+def scaled(delta: Delta, scale: float, base: Mapping[str, Tensor]) -> Delta:
+    """The model that lies at `scale` on the straight line from the base, 0, to the trained one, 1: less of a change
+    forgets less (WiSE-FT, Wortsman et al. 2022, eq. 1). At 1 it is `delta` itself.
+
+    base: the checkpoint's own routers and norms, by name, those of `delta.whole` at least.
+    """
+    if scale == 1:
+        return delta
+    sparse = {name: (indices, scale * values) for name, (indices, values) in delta.sparse.items()}
+    whole = {name: torch.lerp(base[name].to(weight), weight, scale) for name, weight in delta.whole.items()}
+    return replace(delta, sparse=sparse, whole=whole)
 
 
 def save_delta(path: Path, delta: Delta) -> int:

@@ -10,9 +10,22 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from usaf.console import Parser, add_base_flag, add_delta_flags, add_json_flag, run_command, say, table
+from usaf.console import (
+    Parser,
+    add_base_flag,
+    add_delta_flags,
+    add_json_flag,
+    add_scale_flag,
+    refuse_scaled_base,
+    run_command,
+    say,
+    table,
+)
+
+if TYPE_CHECKING:
+    from usaf.evaluation import Evaluation
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -21,8 +34,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", help="the run's training data, if it has moved (its in_domain split is evaluated)")
     parser.add_argument("--heldout", help="held-out data in place of the run's: JSONL files, comma-separated")
     add_base_flag(parser)
+    add_scale_flag(parser, several=True)
     add_json_flag(parser)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    refuse_scaled_base(arguments)
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from usaf.delta import load_delta
+    from usaf.delta import load_delta, scaled
     from usaf.files import require_writable, write_json
-    from usaf.session import apply_delta, evaluate_all, load, prepare, settings_of_run
+    from usaf.session import apply_delta, evaluate_all, load, prepare, refuse_other, settings_of_run
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
@@ -43,18 +59,34 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     session = prepare(settings, delta.about["decisions"], train=False)
     load(session)
     if not arguments.base:
-        apply_delta(session, delta, arguments.delta)
-    results = evaluate_all(session, session.evaluation_states())
+        refuse_other(session, delta, arguments.delta)
+    own, states = session.model.own_weights(), session.evaluation_states()
+    results = {}
+    for scale in arguments.scale:
+        if not arguments.base:
+            apply_delta(session, scaled(delta, scale, own), arguments.delta)
+        results[scale] = evaluate_all(session, states)
     say()
-    rows = [[r.name, f"{r.loss:.6f}", f"{r.perplexity:.4f}", f"{r.tokens:,}"] for r in results]
-    say(table(rows, ["", "loss", "perplexity", "tokens"]))
+    say(table_of(results))
     if arguments.json is not None:
         evaluations: list[dict[str, Any]] = [
-            {"step": delta.about["step"], "perplexity": r.perplexity, **dataclasses.asdict(r)} for r in results
+            {"scale": scale, "step": delta.about["step"], "perplexity": r.perplexity, **dataclasses.asdict(r)}
+            for scale, found in results.items() for r in found
         ]  # fmt: skip
         write_json(arguments.json, {"delta": str(arguments.delta), "base_only": arguments.base,
                                     "evaluations": evaluations})  # fmt: skip
     return 0
+
+
+def table_of(results: dict[float, list[Evaluation]]) -> str:
+    """Loss and perplexity at one scale; the perplexities beside each other at several."""
+    if len(results) == 1:
+        (found,) = results.values()
+        rows = [[r.name, f"{r.loss:.6f}", f"{r.perplexity:.4f}", f"{r.tokens:,}"] for r in found]
+        return table(rows, ["", "loss", "perplexity", "tokens"])
+    of_each_set = zip(*results.values(), strict=True)
+    rows = [[found[0].name, *(f"{r.perplexity:.4f}" for r in found)] for found in of_each_set]
+    return table(rows, ["perplexity at scale", *(f"{scale:g}" for scale in results)])
 
 
 if __name__ == "__main__":

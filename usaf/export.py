@@ -14,7 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from usaf.console import LateBar, Parser, add_delta_flags, add_json_flag, run_command, say, table
+from usaf.console import (
+    LateBar,
+    Parser,
+    add_delta_flags,
+    add_json_flag,
+    add_scale_flag,
+    run_command,
+    say,
+    table,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto",
                         help="type of what is written anew (default auto: the checkpoint's own)")  # fmt: skip
+    add_scale_flag(parser)
     parser.add_argument("--no-evaluate", action="store_true", help="skip the perplexities of what was exported")
     add_json_flag(parser)
     return parser.parse_args(argv)
@@ -49,14 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export_command(arguments: argparse.Namespace) -> int:
     import torch
 
-    from usaf.delta import load_delta
+    from usaf.delta import load_delta, scaled
     from usaf.files import require_writable, write_json
     from usaf.merge import Merge
     from usaf.merged_folder import refuse_place, refuse_taken, whole_folder, write_folder
-    from usaf.session import Session, apply_delta, load, prepare, prepare_model, settings_of_run
+    from usaf.session import Session, apply_delta, load, prepare, prepare_model, refuse_other, settings_of_run
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
+    (scale,) = arguments.scale
     refuse_taken(arguments.output)
     began = time.perf_counter()
     delta = load_delta(arguments.delta)
@@ -64,12 +75,14 @@ def export_command(arguments: argparse.Namespace) -> int:
     session = prepare_model(settings, decisions) if arguments.no_evaluate else prepare(settings, decisions, train=False)
     refuse_place(arguments.output, session.checkpoint.folder)
     load(session)
+    refuse_other(session, delta, arguments.delta)
+    delta = scaled(delta, scale, session.model.own_weights())
     apply_delta(session, delta, arguments.delta)
     assert session.store is not None
     dtype_name = DTYPES[arguments.dtype]
     dtype = None if dtype_name is None else getattr(torch, dtype_name)
     merge = Merge(session.checkpoint, session.store, delta, arguments.base, dtype)
-    about = {"delta": str(arguments.delta), "base": arguments.base, "dtype": arguments.dtype,
+    about = {"delta": str(arguments.delta), "scale": scale, "base": arguments.base, "dtype": arguments.dtype,
              "model": settings.values.model or "demo", "step": delta.about["step"],
              "base_fingerprint": delta.base_fingerprint}  # fmt: skip
     bar = LateBar("export", "B")
@@ -81,7 +94,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     figures = {**about, "output": str(arguments.output), **count_figures(counts)}
     report_counts(figures)
     if isinstance(session, Session):
-        figures["evaluations"] = compare(session, merge, arguments.output)
+        figures["evaluations"] = compare(session, merge, arguments.output, scale)
     figures["seconds_total"] = time.perf_counter() - began
     say(f"exported to {arguments.output}; transformers loads it with AutoModelForCausalLM.from_pretrained")
     if arguments.json is not None:
@@ -105,7 +118,7 @@ def report_counts(figures: dict[str, Any]) -> None:
 # ---- perplexities of what was exported ------------------------------------------------------------------------------
 
 
-def compare(session: Session, merge: Merge, output: Path) -> list[dict[str, Any]]:
+def compare(session: Session, merge: Merge, output: Path, scale: float) -> list[dict[str, Any]]:
     """Losses of the run's own function, of the exported files, and of the same result on the other base."""
     from usaf.merge import Merge, StoredWeights
     from usaf.session import evaluate_all
@@ -125,7 +138,7 @@ def compare(session: Session, merge: Merge, output: Path) -> list[dict[str, Any]
     ]
     marks = {column: f"{column} + delta{' (exported)' if column == merge.base else ''}" for column in columns[1:]}
     say()
-    say(table(rows, ["perplexity", "as trained", *marks.values()]))
+    say(table(rows, ["perplexity", "as trained" if scale == 1 else f"at scale {scale:g}", *marks.values()]))
     say()
     return [
         {"name": evaluation.name, "tokens": evaluation.tokens,

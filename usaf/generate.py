@@ -21,6 +21,8 @@ from usaf.console import (
     add_base_flag,
     add_delta_flags,
     add_json_flag,
+    add_scale_flag,
+    refuse_scaled_base,
     run_command,
     say,
     side_by_side,
@@ -56,6 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--raw", action="store_true", help="no chat template: go on from the text as it stands")
     parser.add_argument("--compare", action="store_true", help="the base's answer beside the tuned model's")
     add_base_flag(parser)
+    add_scale_flag(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens at most (default 128)")
     parser.add_argument(
         "--temperature", type=float, metavar="X",
@@ -92,6 +95,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
                             "token; leave one of them out")  # fmt: skip
     if arguments.delta is None and not arguments.base:
         raise UserError("--delta: is missing; give the delta.safetensors of a run, or --base for a model without one")
+    refuse_scaled_base(arguments)
     if arguments.base and arguments.compare:
         raise UserError("--base contradicts --compare, which shows base and tuned model; leave one of them out")
     if arguments.system is not None and arguments.raw:
@@ -105,11 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
-    from usaf.delta import load_delta
+    from usaf.delta import load_delta, scaled
     from usaf.files import require_writable, write_json
-    from usaf.generation import own_weights
     from usaf.prompts import prompts_of_flags
-    from usaf.session import apply_delta, load, prepare_model
+    from usaf.session import apply_delta, load, prepare_model, refuse_other
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
@@ -120,13 +123,15 @@ def generate_command(arguments: argparse.Namespace) -> int:
     encoded = encode_all(prompts, tokenizer, arguments, session)
     answer = answers(session, tokenizer, arguments)
     load(session)
-    own = own_weights(session.model) if arguments.compare else None
+    own, (scale,) = session.model.own_weights(), arguments.scale
     if delta is not None and not arguments.base:
-        apply_delta(session, delta, arguments.delta)
-    figures = answer_all(session, encoded, answer, own)
+        refuse_other(session, delta, arguments.delta)
+        apply_delta(session, scaled(delta, scale, own), arguments.delta)
+    figures = answer_all(session, encoded, answer, own if arguments.compare else None)
     if arguments.json is not None:
         write_json(arguments.json, {
             "delta": None if arguments.delta is None else str(arguments.delta), "base_only": arguments.base,
+            "scale": scale,
             "model": str(session.checkpoint.folder), "device": session.backend.name,
             "system": arguments.system, "raw": arguments.raw,
             "max_new_tokens": arguments.max_new_tokens, "sampling": dataclasses.asdict(sampling_of(arguments, 0)),

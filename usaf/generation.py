@@ -163,15 +163,10 @@ def generate(
 # ---- base and tuned -------------------------------------------------------------------------------------------------
 
 
-def own_weights(model: SparseModel) -> dict[str, Tensor]:
-    """Copies of routers and norms, for `base_alone`: to be taken before a delta is applied."""
-    return {name: weight.detach().clone() for name, weight in model.whole_weights(0, routers=True).items()}
-
-
 @contextmanager
 def base_alone(model: SparseModel, own: dict[str, Tensor]) -> Iterator[None]:
     """For as long as it lasts the model is its 4-bit base with the checkpoint's own routers and norms, whatever was
-    applied."""
+    applied. own: `SparseModel.own_weights`."""
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for name, weight in own.items():
         module: Any = model.model.get_submodule(name.rpartition(".")[0])

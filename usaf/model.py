@@ -100,6 +100,10 @@ class SparseModel:
         own = {moe.router_name: moe.router_weight for moe in self.moe_from(start)} if routers else {}
         return {**own, **self.norms}
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """Copies of all routers and norms, by name: the checkpoint's own, as long as no delta is applied."""
+        return {name: weight.detach().clone() for name, weight in self.whole_weights(0, routers=True).items()}
+
     def place(self, layer: int, device: torch.device) -> None:
         """Move one decoder layer, its banks included."""
         self.layers[layer].to(device)

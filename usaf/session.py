@@ -458,18 +458,28 @@ def make_resident(bank: ExpertBank) -> None:
 
 def apply_delta(session: ModelSession, delta: Delta, path: Path) -> None:
     """Put a trained result onto its base; refuses one of another base."""
-    if delta.base_fingerprint != session.model.base_fingerprint:
-        raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "
-                        f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained "
-                        "on")  # fmt: skip
-    sparse = session.model.sparse_weights(session.start)
-    whole = session.model.whole_weights(session.start, routers=session.settings.values.router_lr > 0)
-    refuse_misfit(delta, sparse, whole, path)
+    refuse_other(session, delta, path)
+    sparse, whole = places_of_delta(session)
     for name, (indices, values) in delta.sparse.items():
         sparse[name].set_active(indices, values)
         sparse[name].delta.requires_grad_(False)
     for name, weight in delta.whole.items():
         whole[name].data.copy_(weight)
+
+
+def places_of_delta(session: ModelSession) -> tuple[dict[str, SparseWeights[Any]], dict[str, torch.nn.Parameter]]:
+    """(what trains in chosen weights, what trains whole), by name."""
+    whole = session.model.whole_weights(session.start, routers=session.settings.values.router_lr > 0)
+    return session.model.sparse_weights(session.start), whole
+
+
+def refuse_other(session: ModelSession, delta: Delta, path: Path) -> None:
+    """A delta that does not belong on this model is a UserError."""
+    if delta.base_fingerprint != session.model.base_fingerprint:
+        raise UserError(f"{path}: was trained on another base than {session.checkpoint.folder} with "
+                        f"{session.decisions['quant_path']}; give the model and the 4-bit file it was trained "
+                        "on")  # fmt: skip
+    refuse_misfit(delta, *places_of_delta(session), path)
 
 
 def refuse_misfit(
