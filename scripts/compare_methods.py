@@ -32,6 +32,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from comparison.bed import Bed, read_result
 from comparison.run_files import file_name
 
-from usaf.console import Parser, run_command, say
+from usaf.console import Parser, run_command, say, scales_of
 from usaf.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -260,6 +261,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--all-seeds", action="store_true", help="every rate of --rates with every seed")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: 1)")
+    parser.add_argument(
+        "--scale", dest="scales", type=partial(scales_of, several=True), default=[], metavar="X,...",
+        help="evaluate every trained arm so too: with so much of its change (not those that are done, masks, DoRA)",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, help="folder of the report (default: docs/results/<name of --folder>)")
     parser.add_argument("settings", nargs="*", help="further settings of USAF, such as ROUTER_LR=1e-4")
     arguments = parser.parse_args(argv)
@@ -288,7 +293,7 @@ def bed_of(arguments: argparse.Namespace) -> Bed:
     return Bed(
         arguments.folder, arguments.model or DEMO_MODEL, dataset, tuple(heldout), forgetting, arguments.train_from,
         arguments.frac, arguments.steps, arguments.microbatch, arguments.seq_len, arguments.eval_samples,
-        arguments.threads,
+        arguments.threads, tuple(scale for scale in arguments.scales if scale != 1),
     )  # fmt: skip
 
 

@@ -170,6 +170,23 @@ def test_full_fine_tuning_moves_everything(bed: Bed) -> None:
     assert above["trainable_parameters"] < found["trainable_parameters"]
 
 
+@pytest.mark.parametrize("name", ["full", "lora-experts-attention", "lora-as-usaf", "qlora", "usaf-default"])
+def test_part_of_what_was_trained_counts(bed: Bed, name: str) -> None:
+    """Next to nothing of it is where the arm starts, next to all of it is where it ends, which stays as it was."""
+    bed = dataclasses.replace(bed, steps=4)
+    rate = None if name == "usaf-default" else 5e-3
+    plain = run_arm(bed, name, rate, 0, SETTINGS)
+    found = run_arm(dataclasses.replace(bed, scales=(1e-4, 0.5, 0.9999)), name, rate, 0, SETTINGS)
+    assert found["nll"] == plain["nll"]
+    assert found["reloaded"] == plain["reloaded"]
+    assert list(found["scaled"]) == ["0.0001", "0.5", "0.9999"]
+    assert found["scaled"]["0.0001"] == pytest.approx(found["start"], abs=2e-4)
+    assert found["scaled"]["0.9999"] == pytest.approx(found["nll"], abs=2e-4)
+    for text, half in found["scaled"]["0.5"].items():
+        assert half not in (found["start"][text], found["nll"][text])
+    assert plain["scaled"] == {}
+
+
 def test_no_training_gives_every_base(bed: Bed) -> None:
     found = run_arm(bed, "none", None, 0, SETTINGS)
     session = bed.session(0, SETTINGS)

@@ -124,6 +124,7 @@ def test_partial_and_other_files_are_left_out(tmp_path: Path) -> None:
         ({"diverged": "no"}, "diverged: 'no' is neither true nor false"),
         ({"losses": 3}, "losses: is not a list"),
         ({"options": []}, "options: [] is not an object"),
+        ({"scaled": {"0": {"test": 1.0}}}, "scaled: 0.0 is not above 0"),
         ({"step_seconds": "fast"}, "step_seconds: 'fast' is not a number"),
     ],
 )
@@ -438,6 +439,21 @@ def test_bytes_table_has_ours_first_and_those_that_ran(make: Any) -> None:
     assert lines[3].startswith("| small | 160,000 | 0.32 | 0.001 | 2 | 2.650 ± 0.071 | 14.15 | - | 4.250 ± 0.000 |")
 
 
+def test_scale_table_has_each_scale_that_all_seeds_have(make: Any) -> None:
+    def nll(validation: float, test: float) -> dict[str, float]:
+        return {**BEFORE, "validation": validation, "test": test, "forgetting": 2.1}
+
+    half, most = {"0.5": nll(3.2, 3.1)}, {"0.9": nll(2.9, 2.95)}
+    full = choose([make("full", 1e-3, test=2.6)])
+    ours = choose([make("ours", 1e-3, seed, scaled=half | (most if seed == 0 else {})) for seed in (0, 1)])
+    one = choose([make("one", 1e-3, scaled=half | most)])
+    lines = tables.scale_table({"full": full, "ours": ours, "one": one}, "full").splitlines()
+    assert [line.split(" | ")[3] for line in lines[2:]] == ["0.5", "1", "0.5", "0.9", "1"]
+    best = "| one | 0.001 (only rate) | 1 | 0.9 | 2.900 (best) | 2.950 | 65.0% | 4.500 | +0.100 |"
+    assert lines[5] == best
+    assert lines[3].split(" | ")[4:6] == ["3.000 ± 0.000 (best)", "2.900 ± 0.000"]
+
+
 def test_load_table_is_of_1000_tokens_a_layer(make: Any) -> None:
     run = make("ours", 1e-3, loads={"model.layers.1.mlp.experts": [[3, 5], [4, 4]], "b": [[1], [2]]})
     assert tables.load_table(run).splitlines()[2:] == [
@@ -570,7 +586,7 @@ def test_restored_runs_give_the_same_report(tmp_path: Path) -> None:
     for arm in ("odd", "odd-2"):
         write(
             tmp_path / "runs", content(arm, 1e-3, options=options, note="", machine=MACHINE | {"system": "Linux 6.1"},
-                                       loads=loads, setup_seconds=1.5)
+                                       loads=loads, setup_seconds=1.5, scaled={"0.9": {**BEFORE, "test": 2.95}})
         )  # fmt: skip
     first = write_report(tmp_path / "runs", tmp_path / "one")
     made = load_runs(tmp_path / "runs")

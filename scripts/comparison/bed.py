@@ -59,6 +59,8 @@ class Bed:
     seq_len: int
     eval_samples: int
     threads: int
+    scales: tuple[float, ...] = ()
+    """how much of what was trained counts, beside all of it, in further evaluations"""
 
     @property
     def data(self) -> Path:

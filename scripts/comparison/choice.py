@@ -85,6 +85,12 @@ class ArmResult:
         run = next((run for run in self.sweep if run.rate == rate and not run.failed), None)
         return self if run is None else replace(self, best=run, seeds=(run,))
 
+    def at_scale(self, scale: str) -> ArmResult | None:
+        """As if only so much of what was trained counted, at the chosen rate; None where not every seed has it."""
+        runs = [run.at_scale(scale) for run in self.seeds]
+        known = tuple(run for run in runs if run is not None)
+        return replace(self, seeds=known) if len(known) == len(runs) else None
+
     @property
     def finished(self) -> tuple[Run, ...]:
         return tuple(run for run in self.seeds if not run.failed)

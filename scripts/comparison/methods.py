@@ -108,6 +108,23 @@ def routing_of(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     return {"routing": routing_figures(before, after), "loads": loads}
 
 
+def at_scales(bed: Bed, session: Any, model: Any, changed: dict[str, tuple[Any, Any]]) -> dict[str, dict[str, float]]:
+    """NLL at each of the bed's scales, on the line from the base to the trained model, which is left as it is.
+
+    changed: name -> (parameter, what it was in the base): of adapters the second factor alone, which begins at zero.
+    """
+    import torch
+
+    trained = {name: parameter.detach().clone() for name, (parameter, _) in changed.items()}
+    found = {}
+    for scale in (*bed.scales, 1.0) if bed.scales else ():
+        for name, (parameter, own) in changed.items():
+            parameter.data.copy_(torch.lerp(own, trained[name], scale))
+        if scale != 1:
+            found[f"{scale:g}"] = evaluate_dense(model, bed.rows(session))
+    return found
+
+
 def run_full(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
     from comparison.dense import Unit, train
 
@@ -122,6 +139,7 @@ def run_full(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     units = [Unit(n, p) for n, p in chosen.items()]
     figures = dense_figures(bed, session, model, before, lambda: train(model, session, units, rate))
     original = dict(dense_model(bed, session, "original").named_parameters())
+    figures["scaled"] = at_scales(bed, session, model, {n: (p, original[n].detach()) for n, p in chosen.items()})
     size = sum(p.numel() for p in chosen.values())
     with tempfile.TemporaryDirectory() as folder:
         from safetensors.torch import load_file, save_file
@@ -170,7 +188,12 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
             unit.parameter.data.copy_(unit.parameter.data.to(torch.bfloat16))
         return trained
 
+    own = {unit.name: unit.parameter.detach().clone() for unit in whole}
     figures = dense_figures(bed, session, model, before, work)
+    if not arm.options.get("dora"):  # whose change is not linear in B
+        changed = {unit.name: (unit.parameter, own.get(unit.name, torch.zeros_like(unit.parameter))) for unit in units
+                   if unit.name in own or "lora_B" in unit.name}  # fmt: skip
+        figures["scaled"] = at_scales(bed, session, model, changed)
     with tempfile.TemporaryDirectory() as folder:
         for unit in units if in_16_bits else ():
             unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
@@ -216,7 +239,7 @@ def whole_units(model: Any, session: Any, rate: float) -> list[Any]:
 
 def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
     """A run of the product's own parts, as `job` puts them together."""
-    from usaf.delta import load_delta, save_delta
+    from usaf.delta import load_delta, save_delta, scaled
     from usaf.session import apply_delta, load
 
     settings = {**arm.then, **further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
@@ -240,13 +263,18 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         size = save_delta(path, delta)
         fresh = seeded_session(bed, seed, settings)
         load(fresh)
-        apply_delta(fresh, load_delta(path), path)
+        own, saved = fresh.model.own_weights(), load_delta(path)
+        apply_delta(fresh, saved, path)
         reloaded, _ = judged_by_product(bed, fresh)
+        at_scale = {}
+        for scale in bed.scales:
+            apply_delta(fresh, scaled(saved, scale, own), path)
+            at_scale[f"{scale:g}"], _ = judged_by_product(bed, fresh)
     values = trainer.settings
     head = "" if values.head_lr is None else f", HEAD_LR {values.head_lr:g}"
     return {
         **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}",
-        "start": start, "nll": nll, "reloaded": reloaded, **routing_of(loads, after),
+        "start": start, "nll": nll, "reloaded": reloaded, "scaled": at_scale, **routing_of(loads, after),
         "artifact_bytes": size, "peak_private_bytes": peak.bytes, "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
 

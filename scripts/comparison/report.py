@@ -24,6 +24,7 @@ from comparison.tables import (
     cost_table,
     load_table,
     quality_table,
+    scale_table,
     sweep_table,
     targets_table,
 )
@@ -159,6 +160,9 @@ def config_parts(
     parts += [f"**Warning:** {warning}" for warning in warnings(runs)]
     if question.ours in arms and any(arm in arms for arm in question.by_bytes):
         parts += ["At equal artifact bytes:", bytes_table(arms, question.full, question.ours, question.by_bytes)]
+    if any(run.scaled for arm in arms.values() for run in arm.seeds):
+        parts += ["How much of what was trained counts (against full fine-tuning at the whole; *best* by validation):",
+                  scale_table(arms, question.full)]  # fmt: skip
     parts += ["Cost and routing:", cost_table(arms)]
     for ablation in question.ablations:
         if ablation.baseline in arms and any(arm in arms for arm in ablation.arms if arm != ablation.baseline):

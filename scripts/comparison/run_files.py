@@ -62,6 +62,8 @@ class Run:
     routing: dict[str, float] = field(default_factory=dict)
     loads: dict[str, list[list[int]]] = field(default_factory=dict)
     """layer's experts module -> tokens of each expert over the evaluation, before and after"""
+    scaled: dict[str, NLL] = field(default_factory=dict)
+    """how much of what was trained counts, such as "0.8" -> NLL"""
     experts_moved: float | None = None
     experts: float | None = None
     losses: list[float] = field(default_factory=list)
@@ -101,6 +103,12 @@ class Run:
     def untrained(self) -> Run | None:
         """As if it had stopped where it starts from; None if that is not known."""
         return dataclasses.replace(self, nll=self.start) if self.start.keys() == self.nll.keys() else None
+
+    def at_scale(self, scale: str) -> Run | None:
+        """As if only so much of what was trained counted; None if that was not evaluated."""
+        if float(scale) == 1:
+            return self
+        return dataclasses.replace(self, nll=self.scaled[scale]) if scale in self.scaled else None
 
     @property
     def reload_difference(self) -> float | None:
@@ -254,6 +262,13 @@ def before_set(value: Any) -> NLL:
     return found
 
 
+def scaled_sets(value: Any) -> dict[str, NLL]:
+    found = {scale: nll_set(one) for scale, one in mapping(value).items()}
+    for scale in found:
+        positive(float(scale))
+    return found
+
+
 def loads(value: Any) -> dict[str, list[list[int]]]:
     found = mapping(value)
     for both in found.values():
@@ -278,4 +293,5 @@ READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("setup_seconds", "peak_private_bytes", "experts_moved", "experts"), finite),
     "seed": whole, "rate": positive, "before": before_set, "start": nll_set, "reloaded": nll_set, "losses": numbers,
     "diverged": flag, "routing": figures, "tokens": figures, "loads": loads,
+    "scaled": scaled_sets,
 }  # fmt: skip

@@ -91,6 +91,32 @@ def bytes_table(arms: Mapping[str, ArmResult], full: str, ours: str, by_bytes: S
     return markdown([*quality_header(full), "held-out less ours"], rows)
 
 
+def scale_table(arms: Mapping[str, ArmResult], full: str) -> str:
+    """How much of what was trained counts: every arm that was evaluated so, at its chosen rate."""
+    header = ["arm", "rate", "seeds", "scale", "validation NLL", "test NLL", f"of {full}'s gain", "held-out NLL",
+              "forgetting"]  # fmt: skip
+    rows = []
+    for arm in arms.values():
+        scales = {scale for run in arm.seeds for scale in run.scaled}
+        found = [(scale, arm.at_scale(scale)) for scale in sorted({*scales, "1"} if scales else (), key=float)]
+        known = [(scale, at) for scale, at in found if at is not None]
+        best = min((at.mean(validation_of) or math.inf for _, at in known), default=None)
+        for scale, at in known:
+            mark = " (best)" if at.mean(validation_of) == best else ""
+            of_full = share_text(gain_share(at, arms[full])) if full in arms else NONE
+            rows.append([
+                arm.arm, chosen_rate(arm), seeds_text(arm), scale,
+                with_spread(at.spread(validation_of)) + mark, with_spread(at.spread(lambda run: run.test)),
+                of_full, with_spread(at.spread(lambda run: run.held_out)),
+                with_spread(at.spread(lambda run: run.forgetting), sign=True),
+            ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def validation_of(run: Run) -> float:
+    return run.validation
+
+
 def load_table(run: Run) -> str:
     """Tokens of each expert over all evaluated texts, of 1000 of its layer, before and after training."""
     most = max(len(before) for before, _ in run.loads.values())
