@@ -60,7 +60,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     load(session)
     if not arguments.base:
         refuse_other(session, delta, arguments.delta)
-    own, states = session.model.own_weights(), session.evaluation_states()
+    own = {} if arguments.scale == [1.0] else session.model.own_weights()
+    states = session.evaluation_states()
     results = {}
     for scale in arguments.scale:
         if not arguments.base:

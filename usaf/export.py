@@ -76,7 +76,8 @@ def export_command(arguments: argparse.Namespace) -> int:
     refuse_place(arguments.output, session.checkpoint.folder)
     load(session)
     refuse_other(session, delta, arguments.delta)
-    delta = scaled(delta, scale, session.model.own_weights())
+    if scale != 1:
+        delta = scaled(delta, scale, session.model.own_weights())
     apply_delta(session, delta, arguments.delta)
     assert session.store is not None
     dtype_name = DTYPES[arguments.dtype]

@@ -123,7 +123,8 @@ def generate_command(arguments: argparse.Namespace) -> int:
     encoded = encode_all(prompts, tokenizer, arguments, session)
     answer = answers(session, tokenizer, arguments)
     load(session)
-    own, (scale,) = session.model.own_weights(), arguments.scale
+    (scale,) = arguments.scale
+    own = session.model.own_weights() if arguments.compare or scale != 1 else {}
     if delta is not None and not arguments.base:
         refuse_other(session, delta, arguments.delta)
         apply_delta(session, scaled(delta, scale, own), arguments.delta)
