@@ -85,6 +85,11 @@ class ArmResult:
         run = next((run for run in self.sweep if run.rate == rate and not run.failed), None)
         return self if run is None else replace(self, best=run, seeds=(run,))
 
+    @property
+    def evaluated_in_part(self) -> ArmResult:
+        """Of the seeds that were evaluated with a part of what was trained too."""
+        return replace(self, seeds=tuple(run for run in self.finished if run.scaled))
+
     def at_scale(self, scale: str) -> ArmResult | None:
         """As if only so much of what was trained counted, at the chosen rate; None where not every seed has it."""
         runs = [run.at_scale(scale) for run in self.seeds]

@@ -92,11 +92,11 @@ def bytes_table(arms: Mapping[str, ArmResult], full: str, ours: str, by_bytes: S
 
 
 def scale_table(arms: Mapping[str, ArmResult], full: str) -> str:
-    """How much of what was trained counts: every arm that was evaluated so, at its chosen rate."""
+    """How much of what was trained counts: every arm that was evaluated so, at its chosen rate, by those seeds."""
     header = ["arm", "rate", "seeds", "scale", "validation NLL", "test NLL", f"of {full}'s gain", "held-out NLL",
               "forgetting"]  # fmt: skip
     rows = []
-    for arm in arms.values():
+    for arm in (arm.evaluated_in_part for arm in arms.values()):
         scales = {scale for run in arm.seeds for scale in run.scaled}
         found = [(scale, arm.at_scale(scale)) for scale in sorted({*scales, "1"} if scales else (), key=float)]
         known = [(scale, at) for scale, at in found if at is not None]
