@@ -52,6 +52,7 @@ ROWS = {
     "evaluate before": (("evaluate before",), "evaluations"), "importance": (("importance",), "importance"),
     "learning rates": (("learning rates",), "learning rates"),
     "steps": (("step", "checkpoint"), "steps"), "reselections": (("step", "reselection"), "reselections"),
+    "delta scale": (("delta scale",), "delta scale"),
     "evaluate": (("evaluate", "checkpoint"), "evaluations"), "checkpoints": ((), "checkpoints"),
 }  # fmt: skip
 """Row of the table -> the phases of the memory plan that it stands for, up to a comma in their names; that of times."""
@@ -186,6 +187,7 @@ def plan_run(run: Run, measured: bool) -> Planned:
         resident=bool(chosen["resident"]), stretch_bytes=chosen.get("stretch_bytes") or STRETCH_BYTES,
         spilled=frozenset(chosen.get("mapped_buffers", ())),
         measured_rates=sum(event["event"] == "learning_rate" for event in run.events),
+        delta_scale=None if any(event["event"] == "delta_scale" for event in run.events) else 1.0,
     )  # fmt: skip
     memory = memory_plan(shape, work, baseline)
     seconds = plan_seconds(session, shape, work) if measured and not on_device else None

@@ -305,7 +305,7 @@ def question() -> Question:
     rivals = [name for name, arm in ARMS.items() if arm.family == "peft" and "budget" not in arm.options]
     by_bytes = [name for name, arm in ARMS.items() if arm.options.get("budget") == "bytes"]
     # an arm has the longest that begins its name
-    baselines = ("usaf-default", "usaf", "usaf-head-1", "usaf-experts", "qlora", "now", "lab")
+    baselines = ("usaf-unscaled", "usaf", "usaf-head-1", "usaf-experts", "qlora", "now", "lab")
     of = {
         a: max((b for b in baselines if a.startswith(f"{b}-")), key=len, default="") for a in EVERY if a not in by_bytes
     }

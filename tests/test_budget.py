@@ -120,7 +120,7 @@ def test_the_largest_tensor_may_be_the_head(shape: ModelShape) -> None:
     assert items(plan, "reselection")["selection"] == int(SLACK * (96 + 4 * 4) * head)
 
 
-def test_training_state_is_28_bytes_an_active_weight_and_16_one_of_what_trains_whole(shape: ModelShape) -> None:
+def test_training_state_is_28_bytes_an_active_weight_and_20_one_of_what_trains_whole(shape: ModelShape) -> None:
     up, down = EXPERTS * UP * HIDDEN, EXPERTS * HIDDEN * INNER
     active = 4 * (active_count(up, 0.005) + active_count(down, 0.005))
     routers, norms = 4 * EXPERTS * HIDDEN, 4 * (2 * HIDDEN + 2 * 32) + HIDDEN
@@ -128,8 +128,10 @@ def test_training_state_is_28_bytes_an_active_weight_and_16_one_of_what_trains_w
     def state(**changes: Any) -> int:
         return items(plan_of(shape, **changes), "evaluate")["training state"]
 
-    assert state() == state(head_trains=False) == int(SLACK * (28 * active + 16 * (routers + norms)))
-    assert state(router_trains=False) == int(SLACK * (28 * active + 16 * norms))
+    assert state() == state(head_trains=False) == int(SLACK * (28 * active + 20 * (routers + norms)))
+    assert state(router_trains=False) == int(SLACK * (28 * active + 20 * norms))
+    assert state(delta_scale=0.8) == state()
+    assert state(delta_scale=1.0) == int(SLACK * (28 * active + 16 * (routers + norms))), "their base is not kept"
     assert state(router_trains=False, norms_train=False) == int(SLACK * 28 * active)
 
 
@@ -170,6 +172,24 @@ def test_rates_hold_what_enters_the_layers_and_the_head(shape: ModelShape) -> No
     mapped = plan_of(shape, measured_rates=2, spilled=frozenset({"importance"}))
     assert "inputs of the line" not in items(mapped, "learning rates")
     assert mapped.disk["workspace"] >= 2 * 4 * tokens * HIDDEN
+
+
+def test_the_scale_holds_what_enters_the_layers(shape: ModelShape) -> None:
+    for given in (1.0, 0.8):
+        assert not [p for p in plan_of(shape, delta_scale=given).phases if p.name.startswith("delta scale")]
+    plan, of_all = plan_of(shape), int(SLACK * 4 * 64 * 512 * HIDDEN)
+    names = [phase.name for phase in plan.phases]
+    assert names.index("checkpoint") < names.index("delta scale") < names.index("evaluate")
+    for name in ("delta scale", "delta scale, prefix"):  # these rows are in no cache
+        assert items(plan, name)["inputs of the places"] == of_all
+        assert items(plan, name)["training state"] == items(plan, "evaluate")["training state"]
+    step = items(plan_of(shape, cached=False), "step, prefix")
+    assert items(plan, "delta scale, prefix")["recomputed prefix"] == step["recomputed prefix"]
+    assert "inputs of the places" not in items(plan_of(shape, start=0), "delta scale")
+    assert "delta scale, prefix" not in [phase.name for phase in plan_of(shape, start=0).phases]
+    mapped = plan_of(shape, measured_rates=0, spilled=frozenset({"importance"}))
+    assert "inputs of the places" not in items(mapped, "delta scale")
+    assert mapped.disk["workspace"] >= 4 * 64 * 512 * HIDDEN
 
 
 def test_logits_are_one_chunk_of_the_vocabulary(shape: ModelShape) -> None:

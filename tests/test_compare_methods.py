@@ -153,7 +153,7 @@ def test_adapters_by_head_share_and_by_bytes_use_what_they_may(bed: Bed, name: s
 def test_qlora_starts_from_the_same_base_as_usaf(bed: Bed) -> None:
     adapter, own, adapter_64, own_64, original = (
         run_arm(bed, name, 1e-3, 0, SETTINGS)["start"]
-        for name in ("qlora", "usaf", "qlora-group-64", "usaf-default-group-64", "lora-experts")
+        for name in ("qlora", "usaf", "qlora-group-64", "usaf-unscaled-group-64", "lora-experts")
     )
     assert adapter == pytest.approx(own, abs=1e-5)
     assert adapter_64 == pytest.approx(own_64, abs=1e-5)

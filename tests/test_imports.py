@@ -34,8 +34,9 @@ ROWS = [
         "generation",
         "trained_parts",
     },  # level 4, in two rows: both serve importance and evaluation
-    {"importance", "evaluation", "run", "model_shape"},
-    {"trainer", "learning_rate"},  # level 5
+    {"importance", "evaluation", "run", "model_shape", "probe"},
+    {"learning_rate", "delta_scale"},  # level 5: before and after the steps,
+    {"trainer"},  # and these
     {"budget"},
     {"memory_limit"},
     {"session"},  # level 6: what every command needs before it works

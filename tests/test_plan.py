@@ -80,7 +80,8 @@ def test_times_are_measured_and_add_up(
     monkeypatch.setattr(plan_time, "ROWS", (1, 16))
     found = figures(tmp_path, "--model", str(config_only), *SMALL, "--reselect-every", "4")
     assert [t["name"] for t in found["times"]] == [
-        "quantise", "prefix", "importance", "learning rates", "steps", "reselections", "evaluations", "checkpoints"
+        "quantise", "prefix", "importance", "learning rates", "steps", "reselections", "delta scale", "evaluations",
+        "checkpoints",
     ]  # fmt: skip
     assert all(t["seconds"] > 0 for t in found["times"])
     assert (
@@ -189,6 +190,10 @@ def test_times_grow_with_what_they_are_of(planned: Plan) -> None:
         again = times(measured_rates=2, **changes)["learning rates"].operations - both.operations
         passes = both.operations / plan_time.LINE_POINTS  # of two layers; as many are frozen
         assert 0 < again < 1.1 * passes  # once, not at every point
+    assert "delta scale" not in times(delta_scale=0.8)
+    place = times(delta_scale=None, start=0)["delta scale"].operations / plan_time.SCALE_PLACES  # all four layers
+    scaling = times(delta_scale=None)["delta scale"].operations - plan_time.SCALE_PLACES * place / 2
+    assert 0.4 * place < scaling < 0.6 * place  # two are frozen, and passed once
     assert "prefix" not in times(start=0)
     uncached = times(cached=False)
     assert "prefix" not in uncached

@@ -89,6 +89,7 @@ OURS = {
     "GROUP_SIZE": 128,
     "QUANT_BITS": 4,
     "DELTA_DTYPE": "fp16",
+    "DELTA_SCALE": None,
     "PREFIX_CACHE_DIR": None,
     "CACHE_DTYPE": "auto",
     "PREFIX_CHUNK_TOKENS": 8192,
@@ -100,6 +101,7 @@ OURS = {
 }
 SHAPES_NOTHING = {
     "DELTA_DTYPE",
+    "DELTA_SCALE",
     "QUANT_PATH",
     "USE_MULTI_GPU",
     "USE_FROZEN_CACHE",
@@ -206,6 +208,7 @@ OTHER_VALUES = {
     "GROUP_SIZE": ("64", 64),
     "QUANT_BITS": ("8", 8),
     "DELTA_DTYPE": ("FP32", "fp32"),
+    "DELTA_SCALE": ("2", 2.0),
     "PREFIX_CACHE_DIR": ("cache", "cache"),
     "CACHE_DTYPE": ("BF16", "bf16"),
     "PREFIX_CHUNK_TOKENS": ("1", 1),
@@ -288,6 +291,7 @@ OUT_OF_RANGE = [
     *itertools.product(["USE_RESIDENT"], ["2", "never"]),
     *itertools.product(["CACHE_DTYPE"], ["float16", "int8"]),
     *itertools.product(["DELTA_DTYPE"], ["bf16", "auto", "16"]),
+    *itertools.product(["DELTA_SCALE"], ["0", "-0.5", "2.01", "nan", "auto"]),
     *itertools.product(["ATTENTION"], ["flash", "0"]),
     *itertools.product(["SEED"], ["-1", str(2**63), "0.0"]),
     ("SEQ_LEN", "7"),

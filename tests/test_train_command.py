@@ -44,6 +44,7 @@ SUMMARY_KEYS = {
     "expert_parameters", "router_parameters", "train_loss_first", "train_loss_last", "evaluations",
     "tokens_per_second", "prefix_tokens_per_second", "seconds_total", "peak_memory_bytes", "peak_resident_bytes",
     "peak_device_memory_bytes", "delta_bytes", "delta_path", "experts_moved",
+    "delta_scale",
 }  # fmt: skip
 STEP_KEYS = {
     "step", "loss", "learning_rate", "head_learning_rate", "router_learning_rate", "grad_norm", "tokens",
@@ -138,7 +139,7 @@ def test_metrics(world: World) -> None:
         assert e["turnover"] == e["dropped"] / e["active"]
     # A save due at 3 waits for the reselection at 4; one at 6 falls into no window.
     assert [e["step"] for e in events(folder, "save")] == [0, 4, 6, 9, 12]
-    phases = {"load", "frozen prefix", "evaluate", "importance", "learning rates", "train"}
+    phases = {"load", "frozen prefix", "evaluate", "importance", "learning rates", "train", "delta scale"}
     assert phases <= {e["name"] for e in events(folder, "phase")}
     assert {e["event"] for e in events(folder)} <= {
         "step",
@@ -149,6 +150,7 @@ def test_metrics(world: World) -> None:
         "warning",
         "importance",
         "learning_rate",
+        "delta_scale",
     }
 
 

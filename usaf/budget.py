@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from usaf.delta_scale import MOST_SEQUENCES as SCALE_SEQUENCES
 from usaf.errors import UserError
 from usaf.importance import ROWS_AT_ONCE, head_weights_that_count, trained_counts
 from usaf.learning_rate import most_sequences, unset_rates
@@ -100,6 +101,7 @@ class Work:
     quantises: bool = False  # the 4-bit file is made in this process
     on_device: bool = False  # products run on a GPU, whose memory counts apart
     measured_rates: int = 0  # of LR_PEAK and HEAD_LR (`learning_rate`)
+    delta_scale: float | None = 1.0  # None: measured
     projections: str = "down"
     different_targets: int | None = None  # of the training text (`Rows`); None before it is read: the whole vocabulary
 
@@ -174,7 +176,7 @@ def work_of(
         prefix_chunk_tokens=values.prefix_chunk_tokens, head_chunk_tokens=values.head_chunk_tokens,
         keep_checkpoints=values.keep_checkpoints, threads=threads,
         resident=values.use_resident == "1", projections=values.projections,
-        measured_rates=len(unset_rates(values)),
+        measured_rates=len(unset_rates(values)), delta_scale=values.delta_scale,
     )  # fmt: skip
     return Work(**{**known, **more})  # type: ignore[arg-type]
 
@@ -231,7 +233,7 @@ def memory_plan(shape: ModelShape, work: Work, baseline_bytes: int) -> MemoryPla
     phases = [
         count.load(), *count.prefix(), count.evaluation("evaluate before", 0), *count.importance(),
         *count.learning_rates(), *count.step(), *count.reselection(), count.checkpoint(),
-        count.evaluation("evaluate", count.state_bytes()),
+        *count.scaling(), count.evaluation("evaluate", count.state_bytes()),
     ]  # fmt: skip
     elsewhere = ON_DEVICE if work.on_device else set()
     always = {"process": baseline_bytes + SCRATCH_BYTES, **count.weights()}
@@ -539,8 +541,10 @@ class _Count:
     # -- steps
 
     def state_bytes(self) -> int:
-        """Deltas and their moments, gradients included; those of routers and norms too."""
-        return self.active * (STATE_BYTES + GRADIENT_BYTES) + 16 * self.trained.whole
+        """Deltas and their moments, gradients included; those of routers and norms too, and what these were before, for
+        DELTA_SCALE."""
+        of_whole = 16 if self.work.delta_scale == 1 else 20
+        return self.active * (STATE_BYTES + GRADIENT_BYTES) + of_whole * self.trained.whole
 
     def step(self) -> list[Phase]:
         work, shape = self.work, self.shape
@@ -597,6 +601,28 @@ class _Count:
     def checkpoint(self) -> Phase:
         return Phase("checkpoint", {"training state": self.state_bytes(), "flat indices": 12 * self.active})
 
+    def scale_inputs(self) -> int:
+        """What enters the trainable layers, of as many sequences as DELTA_SCALE may be measured on."""
+        return SCALE_SEQUENCES * self.work.train_row * self.hidden * int(self.work.start > 0)
+
+    def scaling(self) -> list[Phase]:
+        """As `learning_rates`; what was trained takes the gradients' place meanwhile."""
+        work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
+        if work.delta_scale is not None:
+            return []
+        held = {
+            "training state": self.state_bytes(),
+            "inputs of the places": 0 if "importance" in work.spilled else self.scale_inputs(),
+        }  # fmt: skip
+        working = self.working(self.trainable, tokens, row) + self.shape.outside.at(tokens, row) + self.widened()
+        phases = [Phase("delta scale", {
+            **held, "one chunk in one layer, or logits": max(working, tokens * self.hidden + self.head(False)),
+        })]  # fmt: skip
+        if work.start:
+            chunk = work.chunk_tokens(row, max(work.train_tokens, SCALE_SEQUENCES * row))
+            phases.append(Phase("delta scale, prefix", {**held, **self.prefix_again(row, chunk)}))
+        return phases
+
     # -- disk and device
 
     def disk(self) -> dict[str, int]:
@@ -624,6 +650,7 @@ class _Count:
             inputs = (len(self.shape.segments(work.start)) + 2) * total * self.hidden
             sizes.append(inputs + max(self.pairs(experts, total) for experts in self.moe) + self.head_kept(total))
             sizes.append(self.line_inputs() if work.measured_rates else 0)
+            sizes.append(self.scale_inputs() if work.delta_scale is None else 0)
         return max(sizes)
 
     def device(self) -> dict[str, int]:
@@ -755,6 +782,8 @@ def remedy(work: Work, plan: MemoryPlan) -> str:
         return "lower CAPTURE_STEPS or MICROBATCH, or raise TRAIN_FROM"
     if phase.startswith("learning rates"):
         return "set LR_PEAK and HEAD_LR, lower SEQ_LEN, or raise TRAIN_FROM"
+    if phase.startswith("delta scale"):
+        return "set DELTA_SCALE, lower SEQ_LEN, or raise TRAIN_FROM"
     if phase.startswith(("step", "reselection", "checkpoint")):
         return "lower MICROBATCH or SEQ_LEN, or raise TRAIN_FROM"
     return "lower SEQ_LEN, or raise TRAIN_FROM"

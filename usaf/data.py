@@ -260,9 +260,10 @@ def build_training_data(
 
     The samples of `dataset_path` are permuted by the seed; the first max(1, round(fraction * samples)) are in_domain,
     never trained on; without held-out files the next as many are `heldout_<stem of dataset_path>`; the rest trains, in
-    permuted order, as far as `rows_needed` rows go (None: all), and `unseen_rows` more come from the samples behind, or
-    as many as there are. Each evaluation set has at most `eval_rows` rows (0: all), those of held-out files drawn alike
-    for every seed, so that runs compare. tokenizer may be None for token ids.
+    permuted order, as far as `rows_needed` rows go (None: all), and `unseen_rows` more come from the samples behind,
+    then from those of these splits that are not evaluated, or as many as there are. Each evaluation set has at most
+    `eval_rows` rows (0: all), those of held-out files drawn alike for every seed, so that runs compare. tokenizer may
+    be None for token ids.
 
     Raises UserError for every fault of the files, for two held-out files of one stem, and for too few samples.
     """
@@ -281,11 +282,12 @@ def build_training_data(
     order, held_back = _split(corpus, in_domain_fraction, seed, len(splits))
     rest = order[held_back * len(splits) :]
     train, taken = encoder.rows(corpus, rest, rows_needed, "train", notes)
-    unseen = encoder.further_rows(corpus, rest[taken:], unseen_rows)
-    evaluated = {}
+    evaluated, left = {}, [rest[taken:]]
     for i, name in enumerate(splits):
         split = order[held_back * i : held_back * (i + 1)]
-        evaluated[name], _ = encoder.rows(corpus, split, eval_rows or None, name, notes)
+        evaluated[name], taken = encoder.rows(corpus, split, eval_rows or None, name, notes)
+        left.append(split[taken:])
+    unseen = encoder.further_rows(corpus, np.concatenate(left), unseen_rows)
     for name, other in evaluations.items():
         any_seed = np.random.default_rng([0, SPLIT_STREAM]).permutation(len(other.samples))
         evaluated[name], _ = encoder.rows(other, any_seed, eval_rows or None, name, notes)

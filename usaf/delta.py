@@ -50,9 +50,16 @@ def scaled(delta: Delta, scale: float, base: Mapping[str, Tensor]) -> Delta:
     """
     if scale == 1:
         return delta
-    sparse = {name: (indices, scale * values) for name, (indices, values) in delta.sparse.items()}
-    whole = {name: torch.lerp(base[name].to(weight), weight, scale) for name, weight in delta.whole.items()}
+    sparse = {name: (indices, partly(values, scale)) for name, (indices, values) in delta.sparse.items()}
+    whole = {name: partly(weight, scale, base[name].to(weight)) for name, weight in delta.whole.items()}
     return replace(delta, sparse=sparse, whole=whole)
+
+
+def partly(trained: Tensor, scale: float, base: Tensor | None = None) -> Tensor:
+    """At `scale` on the line from `base`, None for zeros, to `trained`, which it is itself at 1."""
+    if scale == 1:
+        return trained
+    return scale * trained if base is None else torch.lerp(base, trained, scale)
 
 
 def save_delta(path: Path, delta: Delta) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 
 from usaf.console import phase, say
 from usaf.delta import save_delta
+from usaf.delta_scale import FEWEST_SEQUENCES, Change, Measured, measure_delta_scale
 from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
 from usaf.importance import Importance, find_important, sample_chunks
@@ -325,9 +326,10 @@ class Job:
         return 0
 
     def finish(self, trainer: Trainer) -> None:
-        """The final checkpoint (in fp32), the delta, the last evaluation, the summary and the table."""
+        """The final checkpoint (all of the change, in fp32), the delta, the last evaluation, summary and table."""
         if self.saved_step != trainer.step:
             self.save(trainer)
+        self.settle_delta_scale(trainer)
         trainer.round_deltas()
         delta_bytes = save_delta(self.run.delta_path, trainer.delta(self.delta_about(trainer)))
         after = self.evaluate(trainer.step)
@@ -339,6 +341,37 @@ class Job:
         say()
         say(f"result: {summary['delta_path']} ({delta_bytes / 1e6:.2f} MB); the same figures from the file: "
             f"python -m usaf.evaluate --delta {summary['delta_path']}")  # fmt: skip
+
+    def settle_delta_scale(self, trainer: Trainer) -> None:
+        """Keep as much of the change as DELTA_SCALE says, which is measured where it is not set, and from here on a
+        setting like others."""
+        if self.values.delta_scale == 1:
+            return
+        change = trainer.change()
+        if self.values.delta_scale is None:
+            self.measure_delta_scale(change)
+        assert self.values.delta_scale is not None
+        change.move_to(self.values.delta_scale)
+
+    def measure_delta_scale(self, change: Change) -> None:
+        session = self.session
+        with phase("delta scale", 0, "point", self.phase_done) as bar:
+            found = measure_delta_scale(
+                self.values, session.model, change, session.unseen_states(), bar.update,
+                session.workspace("importance") or PRIVATE,
+            )  # fmt: skip
+        session.settings = session.settings.replace(MEASURED, delta_scale=found.scale)
+        self.values = session.settings.values
+        self.write_settings()
+        self.run.log("delta_scale", scale=found.scale, sequences=found.sequences,
+                     losses={f"{place:g}": finite(loss) for place, loss in found.losses.items()})  # fmt: skip
+        say(f"settled: DELTA_SCALE = {found.scale:g} ({self.reason_of_scale(found)})")
+
+    def reason_of_scale(self, found: Measured) -> str:
+        if not found.losses:
+            return f"the data have not the {FEWEST_SEQUENCES} sequences that nothing trained on, to measure it on"
+        losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
+        return f"measured on {found.sequences} sequences that nothing trained on: a loss of {losses}"
 
     def delta_about(self, trainer: Trainer) -> dict[str, Any]:
         shapes = {name: list(weights.shape) for name, weights in trainer.banks.items()}

@@ -18,7 +18,7 @@ Left out: norms, whose loss hardly turns, and which have LR_PEAK up to `optimize
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,9 +28,10 @@ from torch import Tensor
 from usaf.console import say
 from usaf.data import DataOrder, Rows
 from usaf.importance import Importance
-from usaf.loss import count_targets, loss_sum
+from usaf.loss import count_targets
 from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates
+from usaf.probe import Part, Probe, parts_of
 from usaf.settings import Settings
 from usaf.sparse_weights import SparseWeights
 from usaf.workspace import PRIVATE, Memory
@@ -135,30 +136,19 @@ def turning_point(loss: Callable[[float], float], rest: float, guess: float) -> 
     return Turn(guess * 2.0 ** (best + vertex), rest, least, len(tried))
 
 
-Part = tuple[BoundaryStates, list[int]]
-"""A micro-batch: some rows of a set."""
-
-
-def parts_of(states: BoundaryStates, rows: Sequence[int], microbatch: int) -> list[Part]:
-    return [(states, list(rows[i : i + microbatch])) for i in range(0, len(rows), microbatch)]
-
-
-class Line:
+class Line(Probe):
     """The loss over some sequences with the chosen weights of a kind moved; afterwards all deltas are 0 again.
 
-    parts: the sequences in micro-batches. gradients: tensor -> the mean loss's gradient at its active weights, in their
-    order. memory: where what enters the trained layers lies, and then the head, of all sequences.
+    parts, memory: see `Probe`; what enters the head lies there too. gradients: tensor -> the mean loss's gradient at
+    its active weights, in their order.
     """
 
     def __init__(
         self, model: SparseModel, parts: Sequence[Part], head_chunk_tokens: int, gradients: Mapping[str, Tensor],
         memory: Memory = PRIVATE,
     ) -> None:  # fmt: skip
-        self.model, self.head_chunk_tokens, self.memory = model, head_chunk_tokens, memory
-        self.start = parts[0][0].start
-        self.batches = [states.rows.batch(rows) for states, rows in parts]
+        super().__init__(model, parts, head_chunk_tokens, memory)
         self.gradients = gradients
-        self.entering = [states.kept(rows, memory) for states, rows in parts]  # not computed anew at each point
         self.to_head: list[Tensor] = []
         head = model.head_name if model.head is not None else None
         self.experts = {n: w for n, w in model.sparse_weights(self.start).items() if n != head}
@@ -168,23 +158,10 @@ class Line:
         for name, own in weights.items():
             own.delta.data.copy_(self.gradients[name].sign().mul(-t))
 
-    def _hidden(self, i: int) -> Tensor:
-        """What leaves the final norm, of micro-batch i."""
-        kept = self.entering[i]
-        entering = None if kept is None else kept.to(self.model.backend.device)
-        return self.model.run_layers(self.batches[i], self.start, self.model.num_layers, entering)
-
-    def _loss(self, hidden: Iterable[Tensor]) -> float:
-        """Mean over the targets. hidden: what leaves the final norm, of every micro-batch."""
-        chunk = self.head_chunk_tokens
-        sums = [loss_sum(self.model, h, batch, chunk) for h, batch in zip(hidden, self.batches, strict=True)]
-        return math.fsum(loss for loss, _ in sums) / max(1, sum(targets for _, targets in sums))
-
-    @torch.no_grad()
     def loss_with_experts(self, t: float) -> float:
         """With the experts' chosen weights moved by t."""
         self._move(self.experts, t)
-        loss = self._loss(self._hidden(i) for i in range(len(self.batches)))
+        loss = self.loss()
         self._move(self.experts, 0.0)
         return loss
 
@@ -192,9 +169,9 @@ class Line:
     def loss_with_head(self, t: float) -> float:
         """With the head's chosen weights moved by t. What the head is given does not depend on them, and is kept."""
         if not self.to_head:
-            self.to_head = [self.memory.keep(self._hidden(i)) for i in range(len(self.batches))]
+            self.to_head = [self.memory.keep(self.hidden(i)) for i in range(len(self.batches))]
         self._move(self.head, t)
-        loss = self._loss(hidden.to(self.model.backend.device) for hidden in self.to_head)
+        loss = self.mean_loss(hidden.to(self.model.backend.device) for hidden in self.to_head)
         self._move(self.head, 0.0)
         return loss
 

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from usaf import head_loss
 from usaf.budget import Work, trained_weights
+from usaf.delta_scale import sequences_needed
 from usaf.expert_bank import ExpertBank, PairGradients
 from usaf.experts import attach_banks, experts_forward, is_experts_module
 from usaf.importance import for_each_part, grow_candidates, part_gradient, score_bank
@@ -53,6 +54,7 @@ HEAD_BLOCKS, HEAD_ROWS = 2, (16, 256)  # of a head: blocks a thread
 LONG_SECONDS = 0.3
 ATTENTION_HEADS, ATTENTION_WIDTH = 8, 128
 FILE_BYTES = 256 << 20
+SCALE_PLACES = 3.5  # losses that it takes to find DELTA_SCALE, about
 LINE_POINTS = 5  # losses that it takes to find where one turns, about; that at its beginning among them
 FORWARD_PASSES, TRAINING_PASSES = 1, 3  # products of a weight and its tokens: forward; and gradients of both
 
@@ -507,7 +509,7 @@ def time_plan(
     return [
         *quantise_time(shape, rates, work), *prefix_time(shape, rates, work), importance_time(shape, rates, work),
         *learning_rates_time(shape, rates, work), step_time(shape, rates, work, steps),
-        *reselect_time(shape, rates, work, reselections),
+        *reselect_time(shape, rates, work, reselections), *delta_scale_time(shape, rates, work),
         evaluate_time(shape, rates, work, evaluations), save_time(shape, rates, work, saves),
     ]  # fmt: skip
 
@@ -581,6 +583,22 @@ def learning_rates_time(shape: ModelShape, rates: Rates, work: Work) -> list[Pha
     seconds = parts * (entering.seconds + passes[0] * one.seconds + passes[1] * of_head.seconds)
     operations = parts * (entering.operations + passes[0] * one.operations + passes[1] * of_head.operations)
     return [PhaseTime("learning rates", seconds, operations=operations)]
+
+
+def delta_scale_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
+    """Forward passes alone, behind one through the frozen layers, which these sequences have not passed before."""
+    if work.delta_scale is not None:
+        return []
+    entering = _Pass(shape, rates, work.train_row)
+    entering.prefix(dataclasses.replace(work, cached=False), work.step_tokens, work.train_tokens)
+    one = _Pass(shape, rates, work.train_row)
+    for layer in shape.layers[work.start :]:
+        one.layer(layer, work.step_tokens, training=False)
+    one.head(work.step_tokens, work.head_chunk_tokens, gradient=False)
+    parts = sequences_needed(work.train_row) / work.microbatch
+    seconds = parts * (entering.seconds + SCALE_PLACES * one.seconds)
+    operations = parts * (entering.operations + SCALE_PLACES * one.operations)
+    return [PhaseTime("delta scale", seconds, operations=operations)]
 
 
 def scored_weights(experts: Experts, counts: tuple[int, int]) -> int:

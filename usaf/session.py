@@ -28,6 +28,7 @@ from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
+from usaf.delta_scale import unseen_rows_wanted
 from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
@@ -303,7 +304,7 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
         vocab_size=checkpoint.config.get_text_config().vocab_size,
         seq_len=values.seq_len,
         rows_needed=1 if not train else None if values.epochs else rows,
-        unseen_rows=rows_beyond(values, rows) if train and not values.epochs else 0,
+        unseen_rows=max(0 if values.epochs else rows_beyond(values, rows), unseen_rows_wanted(values)) if train else 0,
         eval_rows=values.eval_samples,
         in_domain_fraction=values.in_domain_fraction,
         seed=values.seed,

@@ -311,6 +311,13 @@ class Settings:
         "type to which the deltas are rounded after the last step, before they are evaluated and saved",
         shapes_result=False,  # of training: checkpoints hold fp32, and a finished run can be finished again
     )
+    delta_scale: float | None = _setting(
+        None,
+        _real("above 0 and at most 2", lambda value: 0 < value <= 2),
+        "how much of the change counts in what is evaluated at the end and saved",
+        unset="measured after the last step, at most 1",
+        shapes_result=False,  # of training, as above
+    )
     prefix_cache_dir: str | None = _setting(
         None,
         _text("a folder", "FOLDER"),
@@ -347,7 +354,8 @@ class Settings:
             assert _allowed(field, value), f"{field.name}={value!r} must be {field.metadata['check'].rule}"
 
 
-BEFORE: dict[str, Any] = {"projections": "all", "train_head": False, "train_norms": False, "delta_dtype": "fp32"}
+BEFORE: dict[str, Any] = {"projections": "all", "train_head": False, "train_norms": False, "delta_dtype": "fp32",
+                          "delta_scale": 1.0}  # fmt: skip
 """What these settings stood for before there were any: of deltas and runs of then."""
 
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(Settings)}

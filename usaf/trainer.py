@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from usaf.data import Batch, DataOrder, Rows
 from usaf.delta import Delta
+from usaf.delta_scale import Change
 from usaf.errors import RunError
 from usaf.importance import grow_candidates
 from usaf.loss import count_targets, loss_and_gradient
@@ -110,6 +111,8 @@ class Trainer:
             moe.router_weight.requires_grad_(moe.router_name in self.routers)
         for weight in model.norms.values():
             weight.requires_grad_(True)
+        scaled = settings.delta_scale != 1
+        self.base = {name: weight.detach().clone() for name, weight in self.whole().items()} if scaled else {}
         self.adam: dict[str, Adam] = {name: Adam(weight) for name, weight in self.whole().items()}
         self.captured: dict[str, list[Captured]] = {name: [] for name in self.banks}
 
@@ -136,6 +139,12 @@ class Trainer:
         sparse = {n: (b.active.cpu(), b.delta.detach().cpu()) for n, b in self.banks.items()}
         whole = {name: weight.detach().cpu() for name, weight in self.whole().items()}
         return Delta(sparse, whole, self.model.base_fingerprint, about)
+
+    def change(self) -> Change:
+        """What has been trained, to keep a part of it (`delta_scale`). Behind the last step: gradients make room."""
+        for weight in self.parameters().values():
+            weight.grad = None
+        return Change(self.parameters(), self.base)
 
     @torch.no_grad()
     def round_deltas(self) -> None:

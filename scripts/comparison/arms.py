@@ -23,7 +23,8 @@ class Arm:
     then: dict[str, str] = field(default_factory=dict)
 
 
-OF_BEFORE = {"RESELECT_EVERY": "50"}
+ALL_OF_IT = {"DELTA_SCALE": "1"}
+OF_BEFORE = {"RESELECT_EVERY": "50", **ALL_OF_IT}
 
 
 def product(about: str, guess: float, then: dict[str, str], settings: dict[str, Any]) -> Arm:
@@ -33,6 +34,11 @@ def product(about: str, guess: float, then: dict[str, str], settings: dict[str, 
 def default(about: str, **settings: Any) -> Arm:
     """With every rate as a user gets it; the demo's own ROUTER_LR is not the product's."""
     return product(about, 0.0, {}, {"ROUTER_LR": "5e-5", **settings})
+
+
+def unscaled(about: str, **settings: Any) -> Arm:
+    """The same with all of the change."""
+    return product(about, 0.0, ALL_OF_IT, {"ROUTER_LR": "5e-5", **settings})
 
 
 def earlier_default(about: str, **settings: Any) -> Arm:
@@ -74,6 +80,7 @@ ARMS: dict[str, Arm] = {
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
     "usaf": usaf("the product but for RESELECT_EVERY=50, its rate swept as the others' are"),
     "usaf-default": default("the product as it is, with no choice made"),
+    "usaf-unscaled": unscaled("the same, with all of the change"),
     "usaf-experts": usaf("experts and routers alone", TRAIN_HEAD=0, TRAIN_NORMS=0),
     "usaf-static": usaf("never reselected", RESELECT_EVERY=0),
     "usaf-frozen-router": usaf("routers frozen", ROUTER_LR=0),
@@ -226,32 +233,32 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-head-1-clip-100": usaf("gradients not clipped", GRAD_CLIP=100, **FULL_HEAD),
     "usaf-head-half": usaf("the head at half the rate", **HALF_HEAD),
     # kept for runs of before rates were measured, or `Rows.different_targets` was; run anew they are
-    # usaf-default-every-50
+    # usaf-unscaled-every-50
     "usaf-by-width-default": earlier_default("at rates by width and FRAC: the default of before"),
     "usaf-head-half-default": earlier_default("the same, the head at half the rate"),
     "usaf-head-by-size-default": earlier_default("the same, the head's share of FRAC by its size"),
-    # the product as it is but for one setting
-    "usaf-default-every-50": default("reselected every 50 steps", RESELECT_EVERY=50),
-    "usaf-default-static": default("never reselected", RESELECT_EVERY=0),
-    "usaf-default-until-85": default("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),
-    "usaf-default-drop-10": default("10% dropped at first", DROP_FRACTION=0.1),
-    "usaf-default-drop-50": default("50% dropped at first", DROP_FRACTION=0.5),
-    "usaf-default-capture-1": default("candidates from 1 step", CAPTURE_STEPS=1),
-    "usaf-default-samples-2": default("importance from 2 sequences", IMPORTANCE_SAMPLES=2),
-    "usaf-default-samples-16": default("importance from 16 sequences", IMPORTANCE_SAMPLES=16),
-    "usaf-default-samples-256": default("importance from 256 sequences", IMPORTANCE_SAMPLES=256),
-    "usaf-default-all-projections": default("gate and up projections train too", PROJECTIONS="all"),
-    "usaf-default-frozen-head": default("the head frozen", TRAIN_HEAD=0),
-    "usaf-default-frozen-norms": default("norms frozen", TRAIN_NORMS=0),
-    "usaf-default-frozen-router": default("routers frozen", ROUTER_LR=0),
-    "usaf-default-router-1e-3": default("routers at 1e-3", ROUTER_LR=1e-3),
-    "usaf-default-floor-0": default("cosine to 0", LR_FLOOR=0),
-    "usaf-default-clip-0.3": default("gradients clipped at 0.3", GRAD_CLIP=0.3),
-    "usaf-default-clip-100": default("gradients not clipped", GRAD_CLIP=100),
-    "usaf-default-decay": default("weight decay of 0.1", WEIGHT_DECAY=0.1),
-    "usaf-default-warmup-0.2": default("warm-up of a fifth", WARMUP=0.2),
-    "usaf-default-group-64": default("on a base with a scale for every 64 weights", GROUP_SIZE=64),
-    "usaf-default-8-bits": default("on a base of 8 bits", QUANT_BITS=8),
+    # the product as it is, all of the change, but for one setting
+    "usaf-unscaled-every-50": unscaled("reselected every 50 steps", RESELECT_EVERY=50),
+    "usaf-unscaled-static": unscaled("never reselected", RESELECT_EVERY=0),
+    "usaf-unscaled-until-85": unscaled("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),
+    "usaf-unscaled-drop-10": unscaled("10% dropped at first", DROP_FRACTION=0.1),
+    "usaf-unscaled-drop-50": unscaled("50% dropped at first", DROP_FRACTION=0.5),
+    "usaf-unscaled-capture-1": unscaled("candidates from 1 step", CAPTURE_STEPS=1),
+    "usaf-unscaled-samples-2": unscaled("importance from 2 sequences", IMPORTANCE_SAMPLES=2),
+    "usaf-unscaled-samples-16": unscaled("importance from 16 sequences", IMPORTANCE_SAMPLES=16),
+    "usaf-unscaled-samples-256": unscaled("importance from 256 sequences", IMPORTANCE_SAMPLES=256),
+    "usaf-unscaled-all-projections": unscaled("gate and up projections train too", PROJECTIONS="all"),
+    "usaf-unscaled-frozen-head": unscaled("the head frozen", TRAIN_HEAD=0),
+    "usaf-unscaled-frozen-norms": unscaled("norms frozen", TRAIN_NORMS=0),
+    "usaf-unscaled-frozen-router": unscaled("routers frozen", ROUTER_LR=0),
+    "usaf-unscaled-router-1e-3": unscaled("routers at 1e-3", ROUTER_LR=1e-3),
+    "usaf-unscaled-floor-0": unscaled("cosine to 0", LR_FLOOR=0),
+    "usaf-unscaled-clip-0.3": unscaled("gradients clipped at 0.3", GRAD_CLIP=0.3),
+    "usaf-unscaled-clip-100": unscaled("gradients not clipped", GRAD_CLIP=100),
+    "usaf-unscaled-decay": unscaled("weight decay of 0.1", WEIGHT_DECAY=0.1),
+    "usaf-unscaled-warmup-0.2": unscaled("warm-up of a fifth", WARMUP=0.2),
+    "usaf-unscaled-group-64": unscaled("on a base with a scale for every 64 weights", GROUP_SIZE=64),
+    "usaf-unscaled-8-bits": unscaled("on a base of 8 bits", QUANT_BITS=8),
     "qlora-group-64": peft("QLoRA, on a base with a scale for every 64 weights", 5e-3,
                            targets=("experts", "attention"), base="hqq4-64", bf16=True),
     # and at a rate of the sweep

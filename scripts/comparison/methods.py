@@ -257,6 +257,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
                 trainer, figures = train_product(session)
         except RunError as error:  # diverged
             return {"start": start, "nll": dict.fromkeys(start, math.nan), "diverged": True, "note": one_line(error)}
+        scale = keep_of_change(session, trainer)
         trainer.round_deltas()
         nll, after = judged_by_product(bed, session)
         delta, path = trainer.delta({}), Path(folder) / "delta.safetensors"
@@ -272,8 +273,9 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
             at_scale[f"{scale:g}"], _ = judged_by_product(bed, fresh)
     values = trainer.settings
     head = "" if values.head_lr is None else f", HEAD_LR {values.head_lr:g}"
+    part = "" if scale == 1 else f", DELTA_SCALE {scale:g}"
     return {
-        **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}",
+        **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}{part}",
         "start": start, "nll": nll, "reloaded": reloaded, "scaled": at_scale, **routing_of(loads, after),
         "artifact_bytes": size, "peak_private_bytes": peak.bytes, "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
@@ -324,6 +326,22 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
         "half_overlap": found.half_overlap, "setup_seconds": setup_seconds, "turnover": turnover,
         "experts": sum(moe.banks[0].num_experts for moe in trainer.trained), "experts_moved": sum(moved.values()),
     }  # fmt: skip
+
+
+def keep_of_change(session: Any, trainer: Any) -> float:
+    """Leave as much of what was trained as DELTA_SCALE says, or as is measured; returns that."""
+    from usaf.delta_scale import measure_delta_scale
+
+    scale: float | None = trainer.settings.delta_scale
+    if scale != 1:
+        change = trainer.change()
+        if scale is None:
+            found = measure_delta_scale(
+                trainer.settings, session.model, change, session.unseen_states(), lambda _: None
+            )  # fmt: skip
+            scale = found.scale
+        change.move_to(scale)
+    return scale
 
 
 def judged_by_product(bed: Bed, session: Any) -> tuple[dict[str, float], dict[str, Any]]:
