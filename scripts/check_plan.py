@@ -71,6 +71,11 @@ class Run:
     events: list[dict[str, Any]]
     summary: dict[str, Any]
 
+    @property
+    def measured_scale(self) -> bool:
+        """Of DELTA_SCALE; where the data have no sequences for it, nothing is measured."""
+        return any(event["event"] == "delta_scale" and event["sequences"] for event in self.events)
+
 
 def read_run(folder: Path) -> Run:
     from usaf.run import read_settings
@@ -187,7 +192,7 @@ def plan_run(run: Run, measured: bool) -> Planned:
         resident=bool(chosen["resident"]), stretch_bytes=chosen.get("stretch_bytes") or STRETCH_BYTES,
         spilled=frozenset(chosen.get("mapped_buffers", ())),
         measured_rates=sum(event["event"] == "learning_rate" for event in run.events),
-        delta_scale=None if any(event["event"] == "delta_scale" for event in run.events) else 1.0,
+        delta_scale=None if run.measured_scale else session.settings.values.delta_scale,
     )  # fmt: skip
     memory = memory_plan(shape, work, baseline)
     seconds = plan_seconds(session, shape, work) if measured and not on_device else None

@@ -144,7 +144,7 @@ def test_every_phase_is_compared(
     saves = len(events(folder, "save"))
     assert {name: line["times"] for name, line in lines.items() if name not in ("quantise", "frozen prefix")} == {
         "load": 1, "evaluate before": 1, "importance": 1, "learning rates": 1, "steps": 12, "reselections": 2,
-        "evaluate": 3,
+        "delta scale": 1, "evaluate": 3,
         "checkpoints": saves, "whole run": 1,
     }  # fmt: skip
     timed = [line for name, line in lines.items() if name not in ("load", "whole run")]
