@@ -264,7 +264,10 @@ def test_data_that_leave_too_few_sequences_keep_all_of_it(
     assert world.train(tag, **{**FAST, **settings}) == 0
     (event,) = events(world.runs / tag, "delta_scale")
     assert event == {**event, "scale": 1.0, "sequences": 0, "losses": {}}
-    assert "settled: DELTA_SCALE = 1 (the data have not the 8 sequences" in capsys.readouterr().out
+    assert (
+        "settled: DELTA_SCALE = 1 (to measure it the data have not 8 sequences left that neither train nor"
+        in capsys.readouterr().out
+    )
     assert world.train(f"{tag}-all", **{**FAST, **settings, "DELTA_SCALE": 1}) == 0
     assert same_delta(world.runs / tag, world.runs / f"{tag}-all")
 

@@ -57,7 +57,7 @@ def add_scale_flag(parser: argparse.ArgumentParser, several: bool = False) -> No
     """Gives a list of numbers, of one unless `several`."""
     parser.add_argument(
         "--scale", type=partial(scales_of, several=several), default="1", metavar="X,..." if several else "X",
-        help="how much of what was trained counts, above 0 and at most 2 (default 1): below 1, more of the base is kept"
+        help="how much of what was saved counts, above 0 and at most 2 (default 1): below 1, more of the base is kept"
         + ("; several, comma-separated, are evaluated one after the other" if several else ""),
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ def scales_of(text: str, several: bool) -> list[float]:
         scales = []
     if not scales or not all(0 < scale <= 2 for scale in scales) or (len(scales) > 1 and not several):
         numbers = "numbers above 0 and at most 2, comma-separated" if several else "a number above 0 and at most 2"
-        raise UserError(f"--scale {text}: must be {numbers}; 1 is the model as it was trained, 0.8 a usual other")
+        raise UserError(f"--scale {text}: must be {numbers}; 1 is the model as it was saved, 0.8 a usual other")
     return scales
 
 

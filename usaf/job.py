@@ -369,7 +369,8 @@ class Job:
 
     def reason_of_scale(self, found: Measured) -> str:
         if not found.losses:
-            return f"the data have not the {FEWEST_SEQUENCES} sequences that nothing trained on, to measure it on"
+            return (f"to measure it the data have not {FEWEST_SEQUENCES} sequences left that neither train nor are "
+                    "evaluated; raise IN_DOMAIN_FRACTION, or lower EVAL_SAMPLES, for such a run")  # fmt: skip
         losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
         return f"measured on {found.sequences} sequences that nothing trained on: a loss of {losses}"
 
