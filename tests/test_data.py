@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,38 @@ def test_unseen_rows_come_from_samples_behind_those_that_train(tmp_path: Path, k
     ends = build(path, tokenizer=build_tokenizer(), rows_needed=5, unseen_rows=10**6).unseen
     assert 7 < len(ends) <= len(everything.train) - 5
     assert len(build(path, tokenizer=build_tokenizer(), unseen_rows=3).unseen) == 0
+
+
+def test_unseen_rows_of_text_are_of_many_documents(tmp_path: Path) -> None:
+    """Each is far longer than a row."""
+    samples = [{"text": f"<{i}> " * 24} for i in range(200)]
+    path = write_jsonl(tmp_path / "a.jsonl", samples)
+    tokenizer = build_tokenizer()
+
+    def documents(rows: Rows) -> list[set[str]]:
+        return [set(re.findall(r"<(\d+)>", str(tokenizer.decode(ids)))) for ids in row_lists(rows, rows.input_ids)]
+
+    data = build(path, tokenizer=tokenizer, rows_needed=30, unseen_rows=12)
+    consecutive, unseen = documents(data.train)[:12], documents(data.unseen)
+    assert len(unseen) == 12
+    assert len(set.union(*consecutive)) <= 6
+    assert len(set.union(*unseen)) == 12
+    assert not set.union(*unseen) & set.union(*documents(data.train))
+    few = build(path, tokenizer=tokenizer, rows_needed=len(build(path, tokenizer=tokenizer).train) - 9, unseen_rows=12)
+    assert 0 < len(few.unseen) < 12
+
+
+def test_picked_rows(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "?", "completion": "a b c " * (1 + i % 5)} for i in range(40)])
+    rows = build(path, tokenizer=build_tokenizer()).train
+    for wanted in ([3, 0, 7], [], list(range(len(rows)))):
+        picked = rows.picked(wanted)
+        assert len(picked) == len(wanted)
+        for name in ("input_ids", "labels", "positions"):
+            lists = row_lists(rows, getattr(rows, name))
+            assert row_lists(picked, getattr(picked, name)) == [lists[row] for row in wanted]
+            assert getattr(picked, name).dtype == np.int32
+    assert rows.picked(range(len(rows))).fingerprint() == rows.fingerprint()
 
 
 def test_text_is_packed_to_seq_len_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ SPLIT_STREAM, CHUNK_STREAM, EPOCH_STREAM = 1, 2, 3
 
 LABELS_AT_ONCE = 1 << 20
 
+ROWS_OF_A_DOCUMENT = 8
+"""One in so many rows of further text is kept."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -111,6 +114,14 @@ class Rows:
             digest.update(f"{little_endian.dtype.str}{little_endian.shape}".encode())
             digest.update(little_endian.data)
         return digest.hexdigest()
+
+    def picked(self, rows: Sequence[int]) -> Rows:
+        """The given rows alone, in this order."""
+        spans = [slice(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        of_all = (self.input_ids, self.labels, self.positions)
+        ids, labels, positions = (np.concatenate([values[:0], *(values[span] for span in spans)]) for values in of_all)
+        lengths = np.array([0, *map(self.length, rows)], np.int64)
+        return Rows(ids, labels, positions, np.cumsum(lengths), self.truncated, self.dropped)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows, padded on the right to the longest of them."""
@@ -383,8 +394,12 @@ class _Encoder:
         return rows, counts["samples"]
 
     def further_rows(self, corpus: _Corpus, order: np.ndarray, at_most: int) -> Rows:
-        """The same without a line, and as few as there are."""
-        return self._packed(corpus, order if at_most else order[:0], at_most or None, Counter())
+        """The same without a line, and as few as there are. Of long documents not every row: those of one document are
+        alike, and these are for measurements, which a few documents would mislead."""
+        among = at_most * (ROWS_OF_A_DOCUMENT if corpus.samples.kind == "text" else 1)
+        rows = self._packed(corpus, order if at_most else order[:0], among or None, Counter())
+        picked = np.linspace(0, len(rows), min(at_most, len(rows)), endpoint=False).astype(np.int64)
+        return rows.picked(picked.tolist())
 
     def _packed(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, counts: Counter[str]) -> Rows:
         kind = corpus.samples.kind
