@@ -365,7 +365,7 @@ def test_unseen_rows_come_from_samples_behind_those_that_train(tmp_path: Path, k
 
 def test_unseen_rows_of_text_are_of_many_documents(tmp_path: Path) -> None:
     """Each is far longer than a row."""
-    samples = [{"text": f"<{i}> " * 24} for i in range(200)]
+    samples = [{"text": f"<{i}> " * 16} for i in range(200)]
     path = write_jsonl(tmp_path / "a.jsonl", samples)
     tokenizer = build_tokenizer()
 
@@ -375,8 +375,8 @@ def test_unseen_rows_of_text_are_of_many_documents(tmp_path: Path) -> None:
     data = build(path, tokenizer=tokenizer, rows_needed=30, unseen_rows=12)
     consecutive, unseen = documents(data.train)[:12], documents(data.unseen)
     assert len(unseen) == 12
-    assert len(set.union(*consecutive)) <= 6
-    assert len(set.union(*unseen)) == 12
+    assert len(set.union(*consecutive)) <= 4
+    assert len(set.union(*unseen)) >= 12
     assert not set.union(*unseen) & set.union(*documents(data.train))
     few = build(path, tokenizer=tokenizer, rows_needed=len(build(path, tokenizer=tokenizer).train) - 9, unseen_rows=12)
     assert 0 < len(few.unseen) < 12
