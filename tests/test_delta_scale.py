@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from runs import World, copy_run, delta_tensors, events, on_event, read_json, same_delta
+from data_fixtures import build_tokenizer, write_jsonl
+from runs import World, copy_run, delta_tensors, events, on_event, read_json, same_delta, signal_at_step
 from safetensors import safe_open
 from test_importance import Pair, make_pair, make_rows
 from test_learning_rate import reference_loss, rows_of
@@ -19,6 +21,7 @@ from test_train_command import evaluated, final_evaluations
 from torch import Tensor
 
 from usaf import delta_scale
+from usaf.data import Rows
 from usaf.delta import load_delta, partly
 from usaf.delta_scale import (
     ENOUGH_TARGETS,
@@ -77,22 +80,37 @@ def test_a_loss_that_is_not_finite_is_never_the_lowest(beyond: float) -> None:
 @pytest.mark.parametrize(
     ("count", "length", "expected"),
     [
-        (100, 1025, 16),  # 1,024 targets each: the least
-        (100, 257, 32),
-        (100, 9, 64),  # no more
+        (64, 1025, 16),  # 1,024 targets each: the least
+        (64, 257, 32),
+        (64, 9, 64),
+        (128, 9, 64),  # no more
         (40, 9, 40),  # as many as there are
+        (40, 513, 16),
         (8, 9, 8),
         (7, 9, 0),  # too few
         (0, 9, 0),
     ],
 )
 def test_which_sequences(count: int, length: int, expected: int) -> None:
-    rows = rows_of(max(1, 2 * count), length)
-    unseen: Any = SimpleNamespace(rows=rows, chunks=[[2 * i] for i in range(count)])
-    assert chosen_rows(unseen) == [2 * i for i in range(expected)]
-    if count == 100:
-        assert sequences_needed(length - 1) == expected
+    """Spread over those that there are, since neighbours may be of one document."""
+    chosen = chosen_rows(rows_of(count, length), length)
+    assert len(chosen) == len(set(chosen)) == expected
+    assert chosen == sorted(chosen)
+    if expected:
+        assert chosen[0] == 0
+        gaps = [after - before for before, after in itertools.pairwise([*chosen, count])]
+        assert max(gaps) - min(gaps) <= 1
+        assert expected == min(count, sequences_needed(length - 1))
     assert (FEWEST_SEQUENCES, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES) == (8, 16, 8192, 64)
+
+
+def test_sequences_longer_than_those_that_train_are_left_out() -> None:
+    lengths = [5, 30] * 12
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.arange(offsets[-1], dtype=np.int32) % 90
+    rows = Rows(ids, ids, ids, offsets)
+    assert chosen_rows(rows, 5) == list(range(0, 24, 2))
+    assert len(chosen_rows(rows, 30)) == 24
 
 
 # ---- the change -----------------------------------------------------------------------------------------------------
@@ -103,7 +121,7 @@ def test_a_change_goes_anywhere_and_back_to_the_bit() -> None:
     start = {"router": torch.randn(4, 3), "delta": torch.zeros(9)}
     weights = {name: torch.nn.Parameter(torch.randn_like(weight)) for name, weight in start.items()}
     end = {name: weight.detach().clone() for name, weight in weights.items()}
-    change = Change(weights, {"router": start["router"].clone()})
+    change = Change(weights, {"router": start["router"].clone(), "delta": None})
     for scale in (0.3, 1.7, 0.9, 1.0):
         change.move_to(scale)
         for name, weight in weights.items():
@@ -139,19 +157,16 @@ def test_losses_are_those_of_transformers_with_a_part_of_the_change(pair: Pair) 
     weights = {**{n: b.delta for n, b in model.sparse_weights(2).items()}, **whole}
     points: list[int] = []
     states = pair.states(rows)
-    assert len(rows) < FEWEST_SEQUENCES
-    none = measure_delta_scale(Settings(), model, Change(weights, base), states, points.append)
-    assert (none.scale, none.losses, points) == (1.0, {}, [])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delta_scale, "FEWEST_SEQUENCES", len(rows))
-        found = measure_delta_scale(Settings(microbatch=2), model, Change(weights, base), states, points.append)
+    change = Change(weights, {**dict.fromkeys(model.sparse_weights(2)), **base})
+    found = measure_delta_scale(Settings(microbatch=2), model, change, states, points.append)
     assert found.sequences == len(rows)
     assert len(points) == len(found.losses) >= 3
     for scale, loss in found.losses.items():
         moved = {name: scale * change for name, change in changed.items()}
         assert loss == pytest.approx(reference_loss(pair, rows, moved), abs=1e-6)
     assert len(set(found.losses.values())) == len(found.losses)
-    for name, weight in whole.items():  # where it was
+    change.move_to(1.0)
+    for name, weight in whole.items():
         torch.testing.assert_close(weight.detach().double(), base[name].double() + changed[name])
 
 
@@ -229,7 +244,7 @@ def test_what_is_saved_is_that_part_of_the_checkpoint(world: World, fast: Path) 
 
 def test_a_finished_run_can_be_finished_again_with_all_of_it(world: World, fast: Path) -> None:
     whole = world.finished("whole", **FAST, DELTA_SCALE="1")
-    assert not events(whole, "delta_scale")
+    assert [(e["scale"], e["losses"]) for e in events(whole, "delta_scale")] == [(1.0, {})]
     assert not same_delta(whole, fast)
     again = copy_run(fast, world.runs / "all-again")
     assert world.train(None, RESUME=again, DELTA_SCALE="1", **FAST) == 0
@@ -253,6 +268,8 @@ def test_a_run_that_ends_while_it_is_measured_goes_on(
     assert not (world.runs / "ended" / "delta.safetensors").exists()
     assert world.train("ended", RESUME="auto", **FAST) == 0
     assert same_delta(world.runs / "ended", fast)
+    (event,) = events(world.runs / "ended", "delta_scale")  # the first is behind the last checkpoint
+    assert event["scale"] == events(fast, "delta_scale")[0]["scale"]
 
 
 @pytest.mark.parametrize("settings", [{"STEPS": None, "EPOCHS": 1, "EVAL_SAMPLES": 0}, {"STEPS": 18}])
@@ -277,6 +294,36 @@ def test_an_epoch_is_measured_on_samples_held_back_and_not_evaluated(world: Worl
     folder = world.finished("epoch", **given)
     (event,) = events(folder, "delta_scale")
     assert event["sequences"] == 16 - 4
+
+
+def text_world(root: Path) -> World:
+    """Its data are documents of four rows of 32 tokens, some 150 rows."""
+    tokenizer = build_tokenizer()
+    world = World(root, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(world.model)
+    texts = [{"text": f"{i} {j} hello " * 13} for i in range(10) for j in range(4)]
+    world.data, world.other = (write_jsonl(root / f"{n}.jsonl", texts[k:]) for n, k in (("text", 0), ("rest", 36)))
+    return world
+
+
+@pytest.mark.parametrize("samples", [8, 100])
+def test_text_that_ends_soon_is_measured_alike_by_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    """Whose rates are set when it reads the data; and by one that is begun with DELTA_SCALE=1 and finished again."""
+    world = text_world(tmp_path)
+    few: dict[str, object] = {"STEPS": 9, "LR_PEAK": None, "IMPORTANCE_SAMPLES": samples, "SEQ_LEN": 32}
+    assert world.train("through", **few) == 0
+    assert events(world.runs / "through", "delta_scale")[0]["sequences"] > 0
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGTERM, 3)
+        assert world.train("resumed", **few) == 130
+    assert world.train("resumed", **{**few, "RESUME": "auto"}) == 0
+    assert same_delta(world.runs / "through", world.runs / "resumed")
+    assert world.train("whole", **few, DELTA_SCALE=1) == 0
+    for kind in ("learning_rate", "step"):
+        found = [[e.get("rate", e.get("loss")) for e in events(world.runs / tag, kind)] for tag in ("through", "whole")]
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("changes", [{"TRAIN_FROM": "0"}, {"ROUTER_LR": "0", "TRAIN_NORMS": "0", "TRAIN_HEAD": "0"}])

@@ -242,8 +242,8 @@ class _RowBuilder:
 @dataclass(frozen=True)
 class TrainingData:
     """What a run trains and evaluates on. heldout: `heldout_<file stem>` or an extra evaluation's name -> rows; notes:
-    lines to print, on what was found in the files and what became of it; unseen: rows, often none, that nothing trains
-    on or evaluates."""
+    lines to print, on what was found in the files and what became of it; unseen: rows, as far as there are any, that
+    nothing trains on or evaluates."""
 
     train: Rows
     in_domain: Rows

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from usaf.data import Rows
 from usaf.delta import partly
 from usaf.loss import count_targets
 from usaf.model import SparseModel
@@ -26,8 +27,8 @@ from usaf.settings import Settings
 from usaf.workspace import PRIVATE, Memory
 
 FEWEST_SEQUENCES, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES = 8, 16, 8192, 64
-"""Sequences that it is measured on: so many at least, else all of the change counts; 16, and more until they have so
-many targets, but no more than 64."""
+"""Sequences that it is measured on: so many at least, else all of the change counts; where there are enough 16, and
+more until they have so many targets, but no more than 64."""
 STEPS_A_UNIT = 10
 """Places between base and trained model at which the loss is taken are so many."""
 
@@ -46,39 +47,33 @@ class Change:
     """What training has changed: the model can be put anywhere between the base, 0, and the trained one, 1, where it is
     now.
 
-    weights: name -> what trained, which is moved in place. base: name -> what it was, of those that were not 0.
+    weights: name -> what trained, which is moved in place. base: name -> what it was, None for zeros.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], base: Mapping[str, Tensor | None]) -> None:
         self.weights, self.base = weights, base
         self.end = {name: weight.detach().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
     def move_to(self, scale: float) -> None:
         for name, weight in self.weights.items():
-            weight.copy_(partly(self.end[name], scale, self.base.get(name)))
+            weight.copy_(partly(self.end[name], scale, self.base[name]))
 
 
-def unseen_rows_wanted(settings: Settings) -> int:
-    """How many sequences beyond those that train are to be read."""
-    return MOST_SEQUENCES if settings.delta_scale is None else 0
-
-
-def sequences_needed(targets: int) -> int:
+def sequences_needed(targets: float) -> int:
     """On how many it is measured, of so many targets each."""
-    return min(max(LEAST_SEQUENCES, -(-ENOUGH_TARGETS // targets)), MOST_SEQUENCES)
+    return min(max(LEAST_SEQUENCES, math.ceil(ENOUGH_TARGETS / targets)), MOST_SEQUENCES)
 
 
-def chosen_rows(unseen: BoundaryStates) -> list[int]:
-    """Those of them that it is measured on."""
-    rows: list[int] = []
-    targets = 0
-    for row in (row for chunk in unseen.chunks for row in chunk):
-        if len(rows) == MOST_SEQUENCES or (len(rows) >= LEAST_SEQUENCES and targets >= ENOUGH_TARGETS):
-            break
-        rows.append(row)
-        targets += count_targets(unseen.rows.batch([row]))
-    return rows if len(rows) >= FEWEST_SEQUENCES and targets else []
+def chosen_rows(unseen: Rows, longest: int) -> list[int]:
+    """Those of `unseen` that it is measured on, spread over them; none longer than the `longest` that trains, for which
+    the run is planned. Empty where they are too few."""
+    fit = [row for row in range(len(unseen)) if unseen.length(row) <= longest]
+    if len(fit) < FEWEST_SEQUENCES:
+        return []
+    mean = count_targets(unseen.batch(fit)) / len(fit)  # above 0: rows without any are dropped
+    count = min(len(fit), sequences_needed(mean))
+    return [fit[i * len(fit) // count] for i in range(count)]
 
 
 def lowest_place(loss: Callable[[float], float]) -> tuple[float, dict[float, float]]:
@@ -106,14 +101,12 @@ def lowest_place(loss: Callable[[float], float]) -> tuple[float, dict[float, flo
 
 
 def measure_delta_scale(
-    settings: Settings, model: SparseModel, change: Change, unseen: BoundaryStates, progress: Callable[[int], None],
+    settings: Settings, model: SparseModel, change: Change, states: BoundaryStates, progress: Callable[[int], None],
     memory: Memory = PRIVATE,
 ) -> Measured:  # fmt: skip
-    """The model is at the end of `change`, before and after. `progress` is called after each place."""
-    rows = chosen_rows(unseen)
-    if not rows:
-        return Measured(1.0, {}, 0)
-    probe = Probe(model, parts_of(unseen, rows, settings.microbatch), settings.head_chunk_tokens, memory)
+    """On all rows of `states`. `progress` is called after each place; the model is left at the last of them."""
+    rows = [row for chunk in states.chunks for row in chunk]
+    probe = Probe(model, parts_of(states, rows, settings.microbatch), settings.head_chunk_tokens, memory)
 
     def loss(scale: float) -> float:
         change.move_to(scale)
@@ -121,6 +114,4 @@ def measure_delta_scale(
         progress(1)
         return value
 
-    scale, losses = lowest_place(loss)
-    change.move_to(1.0)
-    return Measured(scale, losses, len(rows))
+    return Measured(*lowest_place(loss), len(rows))

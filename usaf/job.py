@@ -13,14 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from usaf.console import phase, say
 from usaf.delta import save_delta
-from usaf.delta_scale import FEWEST_SEQUENCES, Change, Measured, measure_delta_scale
+from usaf.delta_scale import FEWEST_SEQUENCES, Measured, measure_delta_scale
 from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
 from usaf.importance import Importance, find_important, sample_chunks
@@ -31,7 +31,7 @@ from usaf.session import Session, default_tag, evaluate_all, fill_all, load, out
 from usaf.settings import FIELDS, ResolvedSettings
 from usaf.summary import Totals, expert_parameters, final_table, finite, summarise
 from usaf.trainer import ReselectResult, StepResult, Trainer
-from usaf.workspace import PRIVATE
+from usaf.workspace import PRIVATE, Memory
 
 INTERRUPTED = 130
 
@@ -343,41 +343,49 @@ class Job:
             f"python -m usaf.evaluate --delta {summary['delta_path']}")  # fmt: skip
 
     def settle_delta_scale(self, trainer: Trainer) -> None:
-        """Keep as much of the change as DELTA_SCALE says, which is measured where it is not set, and from here on a
-        setting like others."""
-        if self.values.delta_scale == 1:
-            return
-        change = trainer.change()
-        if self.values.delta_scale is None:
-            self.measure_delta_scale(change)
-        assert self.values.delta_scale is not None
-        change.move_to(self.values.delta_scale)
-
-    def measure_delta_scale(self, change: Change) -> None:
+        """Keep as much of the change as DELTA_SCALE says; what was measured is from here on a setting like others."""
         session = self.session
-        with phase("delta scale", 0, "point", self.phase_done) as bar:
-            found = measure_delta_scale(
-                self.values, session.model, change, session.unseen_states(), bar.update,
-                session.workspace("importance") or PRIVATE,
-            )  # fmt: skip
-        session.settings = session.settings.replace(MEASURED, delta_scale=found.scale)
-        self.values = session.settings.values
-        self.write_settings()
+        if self.values.delta_scale is not None:
+            found = keep_of_change(session, trainer)
+        else:
+            with phase("delta scale", 0, "point", self.phase_done) as bar:
+                found = keep_of_change(session, trainer, session.workspace("importance") or PRIVATE, bar.update)
+            session.settings = session.settings.replace(MEASURED, delta_scale=found.scale)
+            self.values = session.settings.values
+            self.write_settings()
+            say(f"settled: DELTA_SCALE = {found.scale:g} ({self.reason_of_scale(found)})")
         self.run.log("delta_scale", scale=found.scale, sequences=found.sequences,
                      losses={f"{place:g}": finite(loss) for place, loss in found.losses.items()})  # fmt: skip
-        say(f"settled: DELTA_SCALE = {found.scale:g} ({self.reason_of_scale(found)})")
 
     def reason_of_scale(self, found: Measured) -> str:
-        if not found.losses:
-            return (f"to measure it the data have not {FEWEST_SEQUENCES} sequences left that neither train nor are "
-                    "evaluated; raise IN_DOMAIN_FRACTION, or lower EVAL_SAMPLES, for such a run")  # fmt: skip
-        losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
-        return f"measured on {found.sequences} sequences that nothing trained on: a loss of {losses}"
+        if found.losses:
+            losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
+            return f"measured on {found.sequences} sequences that nothing trained on: a loss of {losses}"
+        remedy = "set EVAL_SAMPLES, which is 0 = all" if self.values.eval_samples == 0 else (
+            "raise IN_DOMAIN_FRACTION or lower EVAL_SAMPLES")  # fmt: skip
+        remedy += "" if self.values.epochs else ", or lower STEPS"
+        return (f"to measure it the data have not {FEWEST_SEQUENCES} sequences left that neither train nor are "
+                f"evaluated; for such a run {remedy}")  # fmt: skip
 
     def delta_about(self, trainer: Trainer) -> dict[str, Any]:
         shapes = {name: list(weights.shape) for name, weights in trainer.banks.items()}
         return {"shapes": shapes, "step": trainer.step, "decisions": self.session.decisions,
                 "settings": self.session.settings.to_json(), "versions": versions()}  # fmt: skip
+
+
+def keep_of_change(
+    session: Session, trainer: Trainer, memory: Memory = PRIVATE, progress: Callable[[int], None] = lambda _: None
+) -> Measured:
+    """Behind the last step: leave the model with as much of the change as DELTA_SCALE says, or as is measured."""
+    given = trainer.settings.delta_scale
+    if given == 1:
+        return Measured(1.0, {}, 0)
+    change, found = trainer.change(), Measured(given or 1.0, {}, 0)
+    states = session.scale_states() if given is None else None
+    if states is not None:
+        found = measure_delta_scale(trainer.settings, session.model, change, states, progress, memory)
+    change.move_to(found.scale)
+    return found
 
 
 # ---- beginning and resuming -----------------------------------------------------------------------------------------

@@ -78,9 +78,10 @@ def unset_rates(settings: Settings) -> list[str]:
 
 
 def rows_beyond(settings: Settings, rows: int) -> int:
-    """How many sequences are to be read beyond `rows` for training, so that the line has those that it may want."""
+    """How many sequences are to be read beyond `rows` for training, so that the line has those that it may want. (As
+    many where the rates are set, as they are when a run is resumed: these sequences serve `delta_scale` too.)"""
     samples = settings.importance_samples
-    return max(0, samples + most_sequences(samples) - rows) if unset_rates(settings) else 0
+    return max(0, samples + most_sequences(samples) - rows)
 
 
 class LineRows(NamedTuple):

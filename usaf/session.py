@@ -28,7 +28,7 @@ from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
-from usaf.delta_scale import unseen_rows_wanted
+from usaf.delta_scale import MOST_SEQUENCES, chosen_rows
 from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
@@ -116,12 +116,19 @@ class Session(ModelSession):
         )  # fmt: skip
 
     def unseen_states(self) -> BoundaryStates:
-        """Those of rows that do not train, computed when they are needed, which is once; of rows no longer than those
-        that do, for which the run is planned."""
+        """Those of rows that do not train, computed when they are needed; of rows no longer than those that do, for
+        which the run is planned."""
         rows, longest = self.data.unseen, longest_row(self.data.train)
-        fit = [row for row in range(len(rows)) if rows.length(row) <= longest]
-        chunks = chunked(len(fit), self.chunk_rows(self.data.train))
-        return self.boundary(rows, [[fit[i] for i in chunk] for chunk in chunks], cached=False)
+        return self._unseen([row for row in range(len(rows)) if rows.length(row) <= longest])
+
+    def scale_states(self) -> BoundaryStates | None:
+        """Those that DELTA_SCALE is measured on; None where the data have too few."""
+        rows = chosen_rows(self.data.unseen, longest_row(self.data.train))
+        return self._unseen(rows) if rows else None
+
+    def _unseen(self, rows: list[int]) -> BoundaryStates:
+        chunks = chunked(len(rows), self.chunk_rows(self.data.train))
+        return self.boundary(self.data.unseen, [[rows[i] for i in chunk] for chunk in chunks], cached=False)
 
     def evaluation_sets(self) -> dict[str, Rows]:
         return {"in_domain": self.data.in_domain, **self.data.heldout}
@@ -134,7 +141,7 @@ class Session(ModelSession):
 
     @cached_property
     def data_fingerprint(self) -> str:
-        """Of every sequence that is trained on or evaluated. (A resumed run, whose rates are set, reads no others.)"""
+        """Of every sequence that is trained on or evaluated."""
         sets = {name: rows.fingerprint() for name, rows in self.evaluation_sets().items()}
         return fingerprint({**sets, "train": self.data.train.fingerprint()})
 
@@ -304,7 +311,7 @@ def read_data(settings: ResolvedSettings, checkpoint: Checkpoint, train: bool) -
         vocab_size=checkpoint.config.get_text_config().vocab_size,
         seq_len=values.seq_len,
         rows_needed=1 if not train else None if values.epochs else rows,
-        unseen_rows=max(0 if values.epochs else rows_beyond(values, rows), unseen_rows_wanted(values)) if train else 0,
+        unseen_rows=max(0 if values.epochs else rows_beyond(values, rows), MOST_SEQUENCES) if train else 0,
         eval_rows=values.eval_samples,
         in_domain_fraction=values.in_domain_fraction,
         seed=values.seed,

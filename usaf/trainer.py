@@ -144,7 +144,7 @@ class Trainer:
         """What has been trained, to keep a part of it (`delta_scale`). Behind the last step: gradients make room."""
         for weight in self.parameters().values():
             weight.grad = None
-        return Change(self.parameters(), self.base)
+        return Change(self.parameters(), {**dict.fromkeys(self.banks), **self.base})
 
     @torch.no_grad()
     def round_deltas(self) -> None:

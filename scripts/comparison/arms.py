@@ -78,7 +78,7 @@ ARMS: dict[str, Arm] = {
     "qlora-bytes": peft("LoRA on experts and attention, on the 4-bit base, in bf16, as many bytes as USAF's", 5e-3,
                         targets=("experts", "attention"), base="hqq4", bf16=True, budget="bytes"),
     "dora": peft("DoRA on attention (PEFT has none on fused experts)", 5e-3, targets=("attention",), dora=True),
-    "usaf": usaf("the product but for RESELECT_EVERY=50, its rate swept as the others' are"),
+    "usaf": usaf("the product but for RESELECT_EVERY=50 and DELTA_SCALE=1, its rate swept as the others' are"),
     "usaf-default": default("the product as it is, with no choice made"),
     "usaf-unscaled": unscaled("the same, with all of the change"),
     "usaf-experts": usaf("experts and routers alone", TRAIN_HEAD=0, TRAIN_NORMS=0),

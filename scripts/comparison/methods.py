@@ -240,6 +240,7 @@ def whole_units(model: Any, session: Any, rate: float) -> list[Any]:
 def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
     """A run of the product's own parts, as `job` puts them together."""
     from usaf.delta import load_delta, save_delta, scaled
+    from usaf.job import keep_of_change
     from usaf.session import apply_delta, load
 
     settings = {**arm.then, **further, **arm.options, **({} if rate is None else {"LR_PEAK": repr(rate)})}
@@ -257,7 +258,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
                 trainer, figures = train_product(session)
         except RunError as error:  # diverged
             return {"start": start, "nll": dict.fromkeys(start, math.nan), "diverged": True, "note": one_line(error)}
-        scale = keep_of_change(session, trainer)
+        kept = keep_of_change(session, trainer).scale
         trainer.round_deltas()
         nll, after = judged_by_product(bed, session)
         delta, path = trainer.delta({}), Path(folder) / "delta.safetensors"
@@ -273,7 +274,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
             at_scale[f"{scale:g}"], _ = judged_by_product(bed, fresh)
     values = trainer.settings
     head = "" if values.head_lr is None else f", HEAD_LR {values.head_lr:g}"
-    part = "" if scale == 1 else f", DELTA_SCALE {scale:g}"
+    part = "" if kept == 1 else f", DELTA_SCALE {kept:g}"
     return {
         **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}{part}",
         "start": start, "nll": nll, "reloaded": reloaded, "scaled": at_scale, **routing_of(loads, after),
@@ -326,22 +327,6 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
         "half_overlap": found.half_overlap, "setup_seconds": setup_seconds, "turnover": turnover,
         "experts": sum(moe.banks[0].num_experts for moe in trainer.trained), "experts_moved": sum(moved.values()),
     }  # fmt: skip
-
-
-def keep_of_change(session: Any, trainer: Any) -> float:
-    """Leave as much of what was trained as DELTA_SCALE says, or as is measured; returns that."""
-    from usaf.delta_scale import measure_delta_scale
-
-    scale: float | None = trainer.settings.delta_scale
-    if scale != 1:
-        change = trainer.change()
-        if scale is None:
-            found = measure_delta_scale(
-                trainer.settings, session.model, change, session.unseen_states(), lambda _: None
-            )  # fmt: skip
-            scale = found.scale
-        change.move_to(scale)
-    return scale
 
 
 def judged_by_product(bed: Bed, session: Any) -> tuple[dict[str, float], dict[str, Any]]:
