@@ -297,12 +297,12 @@ def test_an_epoch_is_measured_on_samples_held_back_and_not_evaluated(world: Worl
 
 
 def text_world(root: Path) -> World:
-    """Its data are documents of four rows of 32 tokens, some 150 rows."""
+    """Its data are documents of four rows of 32 tokens, some 250 rows."""
     tokenizer = build_tokenizer()
     world = World(root, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(world.model)
-    texts = [{"text": f"{i} {j} hello " * 13} for i in range(10) for j in range(4)]
-    world.data, world.other = (write_jsonl(root / f"{n}.jsonl", texts[k:]) for n, k in (("text", 0), ("rest", 36)))
+    texts = [{"text": f"{i} {j} hello " * 13} for i in range(16) for j in range(4)]
+    world.data, world.other = (write_jsonl(root / f"{n}.jsonl", texts[k:]) for n, k in (("text", 0), ("rest", 60)))
     return world
 
 
@@ -320,6 +320,8 @@ def test_text_that_ends_soon_is_measured_alike_by_a_resumed_run(
         assert world.train("resumed", **few) == 130
     assert world.train("resumed", **{**few, "RESUME": "auto"}) == 0
     assert same_delta(world.runs / "through", world.runs / "resumed")
+    one, other = (events(world.runs / tag, "delta_scale")[0] for tag in ("through", "resumed"))
+    assert (one["scale"], one["losses"]) == (other["scale"], other["losses"])
     assert world.train("whole", **few, DELTA_SCALE=1) == 0
     for kind in ("learning_rate", "step"):
         found = [[e.get("rate", e.get("loss")) for e in events(world.runs / tag, kind)] for tag in ("through", "whole")]
