@@ -116,7 +116,7 @@ def final_table(summary: dict[str, Any]) -> str:
         ["active weights of the head", f"{summary['head_parameters']:,}"],
         ["router and norm weights", f"{summary['router_parameters']:,} and {summary['norm_parameters']:,}"],
         ["experts moved", f"{moved} of {experts}"],
-        ["of the change counts (DELTA_SCALE)", f"{summary['delta_scale']:g}"],
+        ["part of the change kept (DELTA_SCALE)", f"{summary['delta_scale']:g}"],
         ["training speed", f"{rate:.0f} tokens/s" if rate else "not measured"],
         ["time in all", f"{summary['seconds_total']:.0f} s"],
         ["peak memory (private / with mapped files)",
