@@ -172,11 +172,12 @@ def test_final_table_of_a_run_without_figures() -> None:
         "train_loss_first": None, "train_loss_last": None, "experts_moved": [], "tokens_per_second": None,
         "evaluations": [{"name": "in_domain", "perplexity_before": 2.0, "perplexity_after": None}],
         "active_parameters": 1, "expert_parameters": 10, "head_parameters": 0, "router_parameters": 0,
-        "norm_parameters": 0, "seconds_total": 1.0,
+        "norm_parameters": 0, "seconds_total": 1.0, "delta_scale": 0.5,
         "peak_memory_bytes": 10**9, "peak_resident_bytes": 2 * 10**9, "peak_device_memory_bytes": 3 * 10**9,
     }  # fmt: skip
     shown = final_table(summary)
     assert re.search(r"perplexity in_domain +2.000 +not finite", shown)
+    assert re.search(r"part of the change kept \(DELTA_SCALE\) +0.5", shown)
     assert re.search(r"training speed +not measured", shown)
     assert re.search(r"peak device memory +3.00 GB", shown)
     assert re.search(r"\(private / with mapped files\) +1.00 / 2.00 GB", shown)
