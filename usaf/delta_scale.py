@@ -29,8 +29,8 @@ from usaf.workspace import PRIVATE, Memory
 FEWEST_SEQUENCES, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES = 8, 16, 8192, 64
 """Sequences that it is measured on: so many at least, else all of the change counts; where there are enough 16, and
 more until they have so many targets, but no more than 64."""
-STEPS_A_UNIT = 10
-"""Places between base and trained model at which the loss is taken are so many."""
+TENTHS = 10
+"""The loss is taken at so many places between base and trained model at most."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,23 @@ def lowest_place(loss: Callable[[float], float]) -> tuple[float, dict[float, flo
     tried: dict[int, float] = {}  # tenths -> loss
 
     def take(i: int) -> float:
-        found = loss(i / STEPS_A_UNIT)
+        found = loss(i / TENTHS)
         tried[i] = found if math.isfinite(found) else math.inf
         return tried[i]
 
-    i = STEPS_A_UNIT
-    for i in (STEPS_A_UNIT, STEPS_A_UNIT - 1, STEPS_A_UNIT - 2):
+    i = TENTHS
+    for i in (TENTHS, TENTHS - 1, TENTHS - 2):
         take(i)
     while i > 1 and tried[i] < tried[i + 1]:
         i -= 1
         take(i)
     best = min(tried, key=lambda i: (tried[i], -i))
-    middle = min(max(best, min(tried) + 1), STEPS_A_UNIT - 1)
+    middle = min(max(best, min(tried) + 1), TENTHS - 1)
     below, at, above = (tried[middle + k] for k in (-1, 0, 1))
     curvature = below - 2 * at + above
     place = middle + (below - above) / (2 * curvature) if math.isfinite(curvature) and curvature > 0 else float(best)
-    place = min(max(place, best - 1.0, 1.0), best + 1.0, float(STEPS_A_UNIT))
-    return round(place / STEPS_A_UNIT, 2), {i / STEPS_A_UNIT: value for i, value in tried.items()}
+    place = min(max(place, best - 1.0, 1.0), best + 1.0, float(TENTHS))
+    return round(place / TENTHS, 2), {i / TENTHS: value for i, value in tried.items()}
 
 
 def measure_delta_scale(
