@@ -26,7 +26,6 @@ from usaf.learning_rate import (
     Line,
     fresh_rows,
     measure_learning_rates,
-    parts_of,
     rate_by_width,
     rows_beyond,
     turning_point,
@@ -34,6 +33,7 @@ from usaf.learning_rate import (
 from usaf.loss import count_targets
 from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates
+from usaf.probe import parts_of
 from usaf.settings import Settings
 from usaf.trained_parts import open_head
 from usaf.workspace import PRIVATE, Memory, Workspace

@@ -9,6 +9,7 @@ hold by their code: T tokens of width H, P = T top_k pairs, n active weights,
                  with those of the top layer, what enters the head [T, H] until it is scored
     rates        what enters the trainable layers, and the head, of the sequences that they are measured on [T, H]
     step         what each trainable layer keeps (`model_shape`) and h [P, out]; one chunk's logits
+    scale        what enters the trainable layers, of the sequences that DELTA_SCALE is measured on [T, H]
     capture      pairs of CAPTURE_STEPS x ACCUM micro-batches, of every trainable layer, and what the head needs
     always       delta, rows and columns, two moments, generation: 24 bytes an active weight, and 4 for its gradient
 
@@ -521,21 +522,28 @@ class _Count:
         return most_sequences(self.work.importance_rows) * self.work.train_row * self.hidden * kinds
 
     def learning_rates(self) -> list[Phase]:
-        """A micro-batch at a time without gradients; those of importance are still there."""
-        work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
+        """Those of importance are still there."""
+        work = self.work
         if not work.measured_rates:
             return []
         held = {
             "training state": self.state_bytes(), "chosen indices": 8 * self.active,
             "inputs of the line": 0 if "importance" in work.spilled else self.line_inputs(),
         }  # fmt: skip
+        return self.losses_taken_again(
+            "learning rates", held, most_sequences(work.importance_rows), work.rates_pass_prefix
+        )
+
+    def losses_taken_again(self, name: str, held: dict[str, int], sequences: int, pass_prefix: bool) -> list[Phase]:
+        """Of `probe`: a micro-batch at a time without gradients, behind the frozen layers where that is to come yet."""
+        work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
         working = self.working(self.trainable, tokens, row) + self.shape.outside.at(tokens, row) + self.widened()
-        phases = [Phase("learning rates", {
+        phases = [Phase(name, {
             **held, "one chunk in one layer, or logits": max(working, tokens * self.hidden + self.head(False)),
         })]  # fmt: skip
-        if work.rates_pass_prefix and work.start:
-            chunk = work.chunk_tokens(row, max(work.train_tokens, most_sequences(work.importance_rows) * row))
-            phases.append(Phase("learning rates, prefix", {**held, **self.prefix_again(row, chunk)}))
+        if pass_prefix and work.start:
+            chunk = work.chunk_tokens(row, max(work.train_tokens, sequences * row))
+            phases.append(Phase(f"{name}, prefix", {**held, **self.prefix_again(row, chunk)}))
         return phases
 
     # -- steps
@@ -606,22 +614,14 @@ class _Count:
         return SCALE_SEQUENCES * self.work.train_row * self.hidden * int(self.work.start > 0)
 
     def scaling(self) -> list[Phase]:
-        """As `learning_rates`; what was trained takes the gradients' place meanwhile."""
-        work, row, tokens = self.work, self.work.train_row, self.work.step_tokens
-        if work.delta_scale is not None:
+        """What was trained takes the gradients' place meanwhile."""
+        if self.work.delta_scale is not None:
             return []
         held = {
             "training state": self.state_bytes(),
-            "inputs of the places": 0 if "importance" in work.spilled else self.scale_inputs(),
+            "inputs of the places": 0 if "importance" in self.work.spilled else self.scale_inputs(),
         }  # fmt: skip
-        working = self.working(self.trainable, tokens, row) + self.shape.outside.at(tokens, row) + self.widened()
-        phases = [Phase("delta scale", {
-            **held, "one chunk in one layer, or logits": max(working, tokens * self.hidden + self.head(False)),
-        })]  # fmt: skip
-        if work.start:
-            chunk = work.chunk_tokens(row, max(work.train_tokens, SCALE_SEQUENCES * row))
-            phases.append(Phase("delta scale, prefix", {**held, **self.prefix_again(row, chunk)}))
-        return phases
+        return self.losses_taken_again("delta scale", held, SCALE_SEQUENCES, pass_prefix=True)
 
     # -- disk and device
 

@@ -378,10 +378,11 @@ def keep_of_change(
 ) -> Measured:
     """Behind the last step: leave the model with as much of the change as DELTA_SCALE says, or as is measured."""
     given = trainer.settings.delta_scale
-    if given == 1:
-        return Measured(1.0, {}, 0)
-    change, found = trainer.change(), Measured(given or 1.0, {}, 0)
     states = session.scale_states() if given is None else None
+    found = Measured(1.0 if given is None else given, {}, 0)
+    if states is None and found.scale == 1:
+        return found
+    change = trainer.change()
     if states is not None:
         found = measure_delta_scale(trainer.settings, session.model, change, states, progress, memory)
     change.move_to(found.scale)

@@ -571,11 +571,7 @@ def learning_rates_time(shape: ModelShape, rates: Rates, work: Work) -> list[Pha
     if not work.measured_rates:
         return []
     rows = min(max(LEAST_SEQUENCES, -(-ENOUGH_TARGETS // work.train_row)), most_sequences(work.importance_rows))
-    entering = _Pass(shape, rates, work.train_row)
-    entering.prefix(dataclasses.replace(work, cached=not work.rates_pass_prefix), work.step_tokens, work.train_tokens)
-    one = _Pass(shape, rates, work.train_row)
-    for layer in shape.layers[work.start :]:
-        one.layer(layer, work.step_tokens, training=False)
+    entering, one = passes_taken_again(shape, rates, work, work.rates_pass_prefix)
     of_head = _Pass(shape, rates, work.train_row)
     of_head.head(work.step_tokens, work.head_chunk_tokens, gradient=False)
     passes = LINE_POINTS + (work.measured_rates - 1), LINE_POINTS * work.measured_rates
@@ -585,15 +581,20 @@ def learning_rates_time(shape: ModelShape, rates: Rates, work: Work) -> list[Pha
     return [PhaseTime("learning rates", seconds, operations=operations)]
 
 
+def passes_taken_again(shape: ModelShape, rates: Rates, work: Work, pass_prefix: bool) -> tuple[_Pass, _Pass]:
+    """A micro-batch's pass through the frozen layers, where that is to come yet, and one through the trainable ones."""
+    entering, one = _Pass(shape, rates, work.train_row), _Pass(shape, rates, work.train_row)
+    entering.prefix(dataclasses.replace(work, cached=not pass_prefix), work.step_tokens, work.train_tokens)
+    for layer in shape.layers[work.start :]:
+        one.layer(layer, work.step_tokens, training=False)
+    return entering, one
+
+
 def delta_scale_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
     """Forward passes alone, behind one through the frozen layers, which these sequences have not passed before."""
     if work.delta_scale is not None:
         return []
-    entering = _Pass(shape, rates, work.train_row)
-    entering.prefix(dataclasses.replace(work, cached=False), work.step_tokens, work.train_tokens)
-    one = _Pass(shape, rates, work.train_row)
-    for layer in shape.layers[work.start :]:
-        one.layer(layer, work.step_tokens, training=False)
+    entering, one = passes_taken_again(shape, rates, work, pass_prefix=True)
     one.head(work.step_tokens, work.head_chunk_tokens, gradient=False)
     parts = sequences_needed(work.train_row) / work.microbatch
     seconds = parts * (entering.seconds + SCALE_PLACES * one.seconds)
