@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--base", choices=("original", "dequantized"), default="original",
         help="what the delta is added to: the checkpoint's own weights (default), or the 4-bit experts, decoded, which "
-        "is exactly what was trained",
+        "is exactly the model that the run ended with",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="auto",
                         help="type of what is written anew (default auto: the checkpoint's own)")  # fmt: skip

@@ -1,7 +1,7 @@
 """The trained result in the checkpoint's own tensors: what each of them holds after the merge.
 
     onto the original base      the stored tensor + delta           what other programs expect of a fine-tune
-    onto the dequantised base   dequantise(4-bit) + delta           exactly what was trained, for every expert
+    onto the dequantised base   dequantise(4-bit) + delta           exactly what the run ended with, for every expert
 
 summed in fp32 and rounded once to the type of the output; nothing is ever quantised again, since deltas are smaller
 than half a step of a 4-bit weight. Routers and norms are whole in the delta and replace the stored ones. The head is
