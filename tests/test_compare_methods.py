@@ -25,6 +25,7 @@ from comparison.adapters import (
 )  # fmt: skip
 from comparison.arms import ABLATIONS, ARMS, EVERY, Arm
 from comparison.bed import Bed, dense_model, evaluate_dense
+from comparison.dense import Unit
 from comparison.methods import run_arm
 
 SETTINGS = {
@@ -192,6 +193,19 @@ def test_no_training_gives_every_base(bed: Bed) -> None:
     session = bed.session(0, SETTINGS)
     assert found["nll"] == evaluate_dense(dense_model(bed, session, "original"), bed.rows(session))
     assert len({base["test"] for base in found["bases"].values()}) == 3
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_what_is_dropped_goes_back_or_keeps_its_value(undo: bool) -> None:
+    parameter = torch.nn.Parameter(torch.arange(6.0))
+    unit = Unit("w", parameter, torch.tensor([1, 3]))
+    unit.set_active(torch.tensor([1, 3]), torch.tensor([0.5, 0.25]), undo=undo)
+    unit.set_active(torch.tensor([1, 4]), torch.tensor([0.5, 0.0]), undo=undo)  # 3 is dropped, 4 grown
+    assert parameter.tolist() == [0, 1.5, 2, 3 if undo else 3.25, 4, 5]
+    assert unit.moved() == (2 if undo else 3)
+    unit.set_active(torch.tensor([1, 3]), torch.tensor([0.75, 0.5]), undo=undo)  # grown again, on top of what it had
+    assert parameter.tolist() == [0, 1.75, 2, 3.5 if undo else 3.75, 4, 5]
+    assert unit.moved() == (2 if undo else 3)
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ class Unit:
     base: Tensor = field(init=False)  # of the active entries
     adam: Adam = field(init=False)
     window: list[Tensor] = field(default_factory=list)  # dense gradients of the capture window
+    left: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # entries that were dropped moved
 
     def __post_init__(self) -> None:
         self.parameter.requires_grad_(True)
@@ -50,9 +51,13 @@ class Unit:
     def flat(self) -> Tensor:
         return self.parameter.data.view(-1)
 
-    def set_active(self, active: Tensor, delta: Tensor) -> None:
+    def set_active(self, active: Tensor, delta: Tensor, undo: bool = True) -> None:
+        """undo: what is dropped goes back to the base."""
         if self.active is not None and hasattr(self, "base"):
-            self.flat[self.active] = self.base  # what is dropped goes back
+            stay = torch.isin(self.active, active)
+            back = torch.ones_like(stay) if undo else stay
+            self.flat[self.active[back]] = self.base[back]
+            self.left = torch.cat([self.left, self.active[~back]])
         self.active, self.delta = active, delta
         self.base = self.flat[active].clone()
         self.flat[active] = self.base + delta
@@ -71,6 +76,10 @@ class Unit:
     @property
     def numel(self) -> int:
         return self.delta.numel()
+
+    def moved(self) -> int:
+        """Entries that differ from the base, those that train no more among them."""
+        return self.numel if self.active is None else len(torch.cat([self.active, self.left]).unique())
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Recipe:
     reselect_until: float | None = None
     drop_fraction: float | None = None
     drop_by: str = "delta"  # "weight"
+    dropped: str = "undone"  # "kept": keeps the value that it came to, so that more weights move than train at once
     capture_steps: int | None = None
     moments: str = "seeded"  # "zero"; "reset": of all weights, as the earlier tool did
     eight_bit: bool = False
@@ -347,7 +348,7 @@ class Lab:
         merged, order = torch.sort(torch.cat([active[kept], grown]))
         from_old = torch.cat([kept.nonzero().squeeze(1), torch.full((count,), -1)])[order]
         values = torch.where(from_old >= 0, unit.delta[from_old.clamp(min=0)], torch.zeros(len(merged)))
-        unit.set_active(merged, values)
+        unit.set_active(merged, values, undo=recipe.dropped == "undone")
         new = merged[from_old < 0]
         seen = len(unit.window) if recipe.moments == "seeded" else 0
         unit.adam.regrow(from_old, mean[new], square[new], seen)

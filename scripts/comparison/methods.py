@@ -376,9 +376,10 @@ def run_lab(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str
             change = torch.zeros(unit.parameter.numel())
             change[unit.active] = unit.delta
             changes[unit.name] = change.view(unit.parameter.shape)
-    active = sum(u.numel for u in trial.sparse)
+    active, moved = sum(u.numel for u in trial.sparse), sum(u.moved() for u in trial.sparse)
     by_active = 4 if recipe.neurons else 8  # whole neurons need next to no indices
     return {
+        "note": arm.about + (f"; {moved + size - active:,} moved in all" if moved > active else ""),
         **figures, **experts_moved(changes), "trainable_parameters": size,
-        "artifact_bytes": by_active * active + 4 * (size - active), "reloaded": None,
+        "artifact_bytes": by_active * moved + 4 * (size - active), "reloaded": None,
     }  # fmt: skip
