@@ -6,6 +6,7 @@ import itertools
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from usaf.delta_scale import (
     LEAST_SEQUENCES,
     MOST_SEQUENCES,
     Change,
+    Sequences,
     chosen_rows,
     lowest_place,
     measure_delta_scale,
@@ -93,7 +95,7 @@ def test_a_loss_that_is_not_finite_is_never_the_lowest(beyond: float) -> None:
 )
 def test_which_sequences(count: int, length: int, expected: int) -> None:
     """Spread over those that there are, since neighbours may be of one document."""
-    chosen = chosen_rows(rows_of(count, length), length)
+    chosen = chosen_rows(replace(rows_of(count, length), samples=count), length)
     assert len(chosen) == len(set(chosen)) == expected
     assert chosen == sorted(chosen)
     if expected:
@@ -108,9 +110,15 @@ def test_sequences_longer_than_those_that_train_are_left_out() -> None:
     lengths = [5, 30] * 12
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.arange(offsets[-1], dtype=np.int32) % 90
-    rows = Rows(ids, ids, ids, offsets)
+    rows = Rows(ids, ids, ids, offsets, samples=24)
     assert chosen_rows(rows, 5) == list(range(0, 24, 2))
     assert len(chosen_rows(rows, 30)) == 24
+
+
+@pytest.mark.parametrize("samples", [7, 8, 40])
+def test_sequences_of_few_samples_are_too_few(samples: int) -> None:
+    rows = replace(rows_of(40, 9), samples=samples)
+    assert len(chosen_rows(rows, 9)) == (40 if samples >= FEWEST_SEQUENCES else 0)
 
 
 # ---- the change -----------------------------------------------------------------------------------------------------
@@ -158,12 +166,13 @@ def test_losses_are_those_of_transformers_with_a_part_of_the_change(pair: Pair) 
     points: list[int] = []
     states = pair.states(rows)
     change = Change(weights, {**dict.fromkeys(model.sparse_weights(2)), **base})
-    found = measure_delta_scale(Settings(microbatch=2), model, change, states, points.append)
-    assert found.sequences == len(rows)
+    some = list(range(1, len(rows)))
+    found = measure_delta_scale(Settings(microbatch=2), model, change, Sequences(states, some, True), points.append)
+    assert (found.sequences, found.evaluated) == (len(some), True)
     assert len(points) == len(found.losses) >= 3
     for scale, loss in found.losses.items():
         moved = {name: scale * change for name, change in changed.items()}
-        assert loss == pytest.approx(reference_loss(pair, rows, moved), abs=1e-6)
+        assert loss == pytest.approx(reference_loss(pair, rows.picked(some), moved), abs=1e-6)
     assert len(set(found.losses.values())) == len(found.losses)
     change.move_to(1.0)
     for name, weight in whole.items():
@@ -196,6 +205,7 @@ def test_a_run_measures_it_and_says_so(fast: Path) -> None:
     losses = {float(place): loss for place, loss in event["losses"].items()}
     assert abs(event["scale"] - min(losses, key=lambda place: losses[place])) <= 0.1
     assert "delta scale" in [e["name"] for e in events(fast, "phase")]
+    assert event["evaluated"] is False
 
 
 def test_it_is_measured_on_what_nothing_trained_on_or_evaluates(
@@ -272,28 +282,57 @@ def test_a_run_that_ends_while_it_is_measured_goes_on(
     assert event["scale"] == events(fast, "delta_scale")[0]["scale"]
 
 
-@pytest.mark.parametrize("settings", [{"STEPS": None, "EPOCHS": 1, "EVAL_SAMPLES": 0}, {"STEPS": 18}])
+@pytest.mark.parametrize("settings", [{"STEPS": None, "EPOCHS": 1}, {"STEPS": 18}])
 def test_data_that_leave_too_few_sequences_keep_all_of_it(
     world: World, capsys: pytest.CaptureFixture[str], settings: dict[str, object]
 ) -> None:
-    """38 samples train: an epoch takes all of them, 18 steps 36."""
+    """38 samples train: an epoch takes all of them, 18 steps 36; two are held back."""
     tag = f"few-{settings.get('STEPS')}"
     assert world.train(tag, **{**FAST, **settings}) == 0
     (event,) = events(world.runs / tag, "delta_scale")
-    assert event == {**event, "scale": 1.0, "sequences": 0, "losses": {}}
-    assert (
-        "settled: DELTA_SCALE = 1 (to measure it the data have not 8 sequences left that neither train nor"
-        in capsys.readouterr().out
-    )
+    assert event == {**event, "scale": 1.0, "sequences": 0, "evaluated": False, "losses": {}}
+    out = capsys.readouterr().out
+    assert "settled: DELTA_SCALE = 1 (to measure it the data have not 8 sequences, of as many samples, that do" in out
     assert world.train(f"{tag}-all", **{**FAST, **settings, "DELTA_SCALE": 1}) == 0
     assert same_delta(world.runs / tag, world.runs / f"{tag}-all")
 
 
-def test_an_epoch_is_measured_on_samples_held_back_and_not_evaluated(world: World) -> None:
-    given = {**FAST, "STEPS": None, "EPOCHS": 1, "IN_DOMAIN_FRACTION": "0.4", "EVAL_SAMPLES": 4}
-    folder = world.finished("epoch", **given)
+EPOCH: dict[str, object] = {**FAST, "STEPS": None, "EPOCHS": 1, "IN_DOMAIN_FRACTION": "0.4"}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "expected"), [(4, (12, False)), (8, (8, False)), (9, (9, True)), (0, (16, True))]
+)
+def test_an_epoch_is_measured_on_samples_held_back(
+    world: World, evaluated: int, expected: tuple[int, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 of 40: on those that are not evaluated, or where they are too few, as a resumed run does, on those that are;
+    the frozen layers have passed these."""
+    tag = f"epoch-{evaluated}"
+    with monkeypatch.context() as patch:
+        signal_at_step(patch, signal.SIGTERM, 3)
+        assert world.train(tag, **EPOCH, EVAL_SAMPLES=evaluated) == 130
+    assert world.train(tag, **EPOCH, EVAL_SAMPLES=evaluated, RESUME="auto") == 0
+    folder = world.finished(f"{tag}-through", **EPOCH, EVAL_SAMPLES=evaluated)
+    assert same_delta(world.runs / tag, folder)
     (event,) = events(folder, "delta_scale")
-    assert event["sequences"] == 16 - 4
+    assert (event["sequences"], event["evaluated"]) == expected
+    assert len(event["losses"]) >= 3
+    if expected[1]:
+        after = final_evaluations(folder)["in_domain"]["loss"]
+        assert after <= event["losses"]["1"] + 1e-6  # of the same sequences, with all of the change
+
+
+def test_one_long_document_does_not_say_how_much_counts(tmp_path: Path) -> None:
+    """Two of 32 documents are held back, of many rows each."""
+    world = text_world(tmp_path)
+    world.data = write_jsonl(tmp_path / "long.jsonl", [{"text": f"{i} {i % 7} hello " * 40} for i in range(32)])
+    assert world.train("long", STEPS=None, EPOCHS=1, SEQ_LEN=32, EVAL_SAMPLES=0, MICROBATCH=64, **FAST) == 0
+    (event,) = events(world.runs / "long", "delta_scale")
+    assert (event["scale"], event["sequences"]) == (1.0, 0)
+    data = prepare(ResolvedSettings.from_json(read_json(world.runs / "long" / "settings.json")["settings"])).data
+    assert (data.in_domain.samples, len(data.unseen)) == (2, 0)
+    assert len(data.in_domain) >= FEWEST_SEQUENCES
 
 
 def text_world(root: Path) -> World:

@@ -23,7 +23,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +74,7 @@ class Rows:
 
     input_ids, labels (aligned, -100 none), positions: int32 [tokens]; offsets: int64 [rows + 1], where rows begin and
     end. truncated: documents that lost their end to the row's length; dropped: documents and rows without any target.
+    samples: how many of a file these rows were cut from, where that is known.
     """
 
     input_ids: np.ndarray
@@ -82,6 +83,7 @@ class Rows:
     offsets: np.ndarray
     truncated: int = 0
     dropped: int = 0
+    samples: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -121,7 +123,7 @@ class Rows:
         of_all = (self.input_ids, self.labels, self.positions)
         ids, labels, positions = (np.concatenate([values[:0], *(values[span] for span in spans)]) for values in of_all)
         lengths = np.array([0, *map(self.length, rows)], np.int64)
-        return Rows(ids, labels, positions, np.cumsum(lengths), self.truncated, self.dropped)
+        return Rows(ids, labels, positions, np.cumsum(lengths), self.truncated, self.dropped, self.samples)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows, padded on the right to the longest of them."""
@@ -292,16 +294,16 @@ def build_training_data(
     assert not set(splits) & evaluations.keys()
     order, held_back = _split(corpus, in_domain_fraction, seed, len(splits))
     rest = order[held_back * len(splits) :]
-    train, taken = encoder.rows(corpus, rest, rows_needed, "train", notes)
-    evaluated, left = {}, [rest[taken:]]
+    train = encoder.rows(corpus, rest, rows_needed, "train", notes)
+    evaluated, left = {}, [rest[train.samples :]]
     for i, name in enumerate(splits):
         split = order[held_back * i : held_back * (i + 1)]
-        evaluated[name], taken = encoder.rows(corpus, split, eval_rows or None, name, notes)
-        left.append(split[taken:])
+        evaluated[name] = encoder.rows(corpus, split, eval_rows or None, name, notes)
+        left.append(split[evaluated[name].samples :])
     unseen = encoder.further_rows(corpus, np.concatenate(left), unseen_rows)
     for name, other in evaluations.items():
         any_seed = np.random.default_rng([0, SPLIT_STREAM]).permutation(len(other.samples))
-        evaluated[name], _ = encoder.rows(other, any_seed, eval_rows or None, name, notes)
+        evaluated[name] = encoder.rows(other, any_seed, eval_rows or None, name, notes)
     return TrainingData(train, evaluated.pop("in_domain"), evaluated, notes, unseen)
 
 
@@ -370,11 +372,8 @@ class _Encoder:
     seq_len: int
     one_document_per_row: bool
 
-    def rows(
-        self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, name: str, notes: list[str]
-    ) -> tuple[Rows, int]:
-        """(packed rows of the samples `order`, how many of these they took), tokenised only as far as needed; a line on
-        them goes to `notes`."""
+    def rows(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, name: str, notes: list[str]) -> Rows:
+        """Packed rows of the samples `order`, tokenised only as far as needed; a line on them goes to `notes`."""
         counts: Counter[str] = Counter()
         rows = self._packed(corpus, order, rows_needed, counts)
         if not len(rows):
@@ -383,7 +382,7 @@ class _Encoder:
                 f"more or longer samples" + (" or raise SEQ_LEN" if rows.truncated else "")
             )
         note = f"{name}: {len(rows)} rows, {len(rows.input_ids)} tokens, {rows.target_tokens()} targets"
-        note += f", from {counts['samples']} of {len(order)} samples"
+        note += f", from {rows.samples} of {len(order)} samples"
         if counts["divided"]:
             note += f"; {counts['divided']} conversations made several documents, one a turn that the template alters"
         if rows.truncated:
@@ -391,7 +390,7 @@ class _Encoder:
         if rows.dropped:
             note += f"; {rows.dropped} without any target dropped"
         notes.append(note)
-        return rows, counts["samples"]
+        return rows
 
     def further_rows(self, corpus: _Corpus, order: np.ndarray, at_most: int) -> Rows:
         """The same without a line, and as few as there are. Of long documents not every row: those of one document are
@@ -403,13 +402,14 @@ class _Encoder:
 
     def _packed(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, counts: Counter[str]) -> Rows:
         kind = corpus.samples.kind
-        return pack(
+        rows = pack(
             self._documents(corpus, order, counts),
             seq_len=None if kind == "tokens" else self.seq_len,
             rows_needed=rows_needed,
             split_long=kind == "text",
             one_document_per_row=self.one_document_per_row or kind == "tokens",
         )
+        return replace(rows, samples=counts["samples"])
 
     def _documents(self, corpus: _Corpus, order: np.ndarray, counts: Counter[str]) -> Iterator[Document]:
         samples = corpus.samples

@@ -27,8 +27,8 @@ from usaf.settings import Settings
 from usaf.workspace import PRIVATE, Memory
 
 FEWEST_SEQUENCES, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES = 8, 16, 8192, 64
-"""Sequences that it is measured on: so many at least, else all of the change counts; where there are enough 16, and
-more until they have so many targets, but no more than 64."""
+"""Sequences that it is measured on: so many at least, of as many samples; where there are enough 16, and more until
+they have so many targets, but no more than 64."""
 TENTHS = 10
 """The loss is taken at so many places between base and trained model at most."""
 
@@ -36,11 +36,21 @@ TENTHS = 10
 @dataclass(frozen=True)
 class Measured:
     """scale: what of the change counts; losses: place -> mean loss in nats, of those that were tried, empty where there
-    were too few sequences; sequences: how many there were."""
+    were too few sequences; sequences: how many there were; evaluated: whether they are evaluated too."""
 
     scale: float
     losses: dict[float, float]
     sequences: int
+    evaluated: bool = False
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Those that it is measured on. evaluated: whether they are an evaluation set's, since nothing else was left."""
+
+    states: BoundaryStates
+    rows: list[int]
+    evaluated: bool
 
 
 class Change:
@@ -65,13 +75,13 @@ def sequences_needed(targets: float) -> int:
     return min(max(LEAST_SEQUENCES, math.ceil(ENOUGH_TARGETS / targets)), MOST_SEQUENCES)
 
 
-def chosen_rows(unseen: Rows, longest: int) -> list[int]:
-    """Those of `unseen` that it is measured on, spread over them; none longer than the `longest` that trains, for which
-    the run is planned. Empty where they are too few."""
-    fit = [row for row in range(len(unseen)) if unseen.length(row) <= longest]
-    if len(fit) < FEWEST_SEQUENCES:
+def chosen_rows(rows: Rows, longest: int) -> list[int]:
+    """Those of `rows` that it is measured on, spread over them; none longer than the `longest` that trains, for which
+    the run is planned. Empty where they are too few, or of too few samples: one document would not speak for others."""
+    fit = [row for row in range(len(rows)) if rows.length(row) <= longest]
+    if min(len(fit), rows.samples) < FEWEST_SEQUENCES:
         return []
-    mean = count_targets(unseen.batch(fit)) / len(fit)  # above 0: rows without any are dropped
+    mean = count_targets(rows.batch(fit)) / len(fit)  # above 0: rows without any are dropped
     count = min(len(fit), sequences_needed(mean))
     return [fit[i * len(fit) // count] for i in range(count)]
 
@@ -101,12 +111,11 @@ def lowest_place(loss: Callable[[float], float]) -> tuple[float, dict[float, flo
 
 
 def measure_delta_scale(
-    settings: Settings, model: SparseModel, change: Change, states: BoundaryStates, progress: Callable[[int], None],
+    settings: Settings, model: SparseModel, change: Change, on: Sequences, progress: Callable[[int], None],
     memory: Memory = PRIVATE,
 ) -> Measured:  # fmt: skip
-    """On all rows of `states`. `progress` is called after each place; the model is left at the last of them."""
-    rows = [row for chunk in states.chunks for row in chunk]
-    probe = Probe(model, parts_of(states, rows, settings.microbatch), settings.head_chunk_tokens, memory)
+    """`progress` is called after each place; the model is left at the last of them."""
+    probe = Probe(model, parts_of(on.states, on.rows, settings.microbatch), settings.head_chunk_tokens, memory)
 
     def loss(scale: float) -> float:
         change.move_to(scale)
@@ -114,4 +123,4 @@ def measure_delta_scale(
         progress(1)
         return value
 
-    return Measured(*lowest_place(loss), len(rows))
+    return Measured(*lowest_place(loss), len(on.rows), on.evaluated)

@@ -354,18 +354,17 @@ class Job:
             self.values = session.settings.values
             self.write_settings()
             say(f"settled: DELTA_SCALE = {found.scale:g} ({self.reason_of_scale(found)})")
-        self.run.log("delta_scale", scale=found.scale, sequences=found.sequences,
+        self.run.log("delta_scale", scale=found.scale, sequences=found.sequences, evaluated=found.evaluated,
                      losses={f"{place:g}": finite(loss) for place, loss in found.losses.items()})  # fmt: skip
 
     def reason_of_scale(self, found: Measured) -> str:
         if found.losses:
             losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
-            return f"measured on {found.sequences} sequences that nothing trained on: a loss of {losses}"
-        remedy = "set EVAL_SAMPLES, which is 0 = all" if self.values.eval_samples == 0 else (
-            "raise IN_DOMAIN_FRACTION or lower EVAL_SAMPLES")  # fmt: skip
-        remedy += "" if self.values.epochs else ", or lower STEPS"
-        return (f"to measure it the data have not {FEWEST_SEQUENCES} sequences left that neither train nor are "
-                f"evaluated; for such a run {remedy}")  # fmt: skip
+            those = "of in_domain, as no others are left" if found.evaluated else "that nothing trained on"
+            return f"measured on {found.sequences} sequences {those}: a loss of {losses}"
+        remedy = "raise IN_DOMAIN_FRACTION" + ("" if self.values.epochs else ", or lower STEPS")
+        return (f"to measure it the data have not {FEWEST_SEQUENCES} sequences, of as many samples, that do not train; "
+                f"for such a run {remedy}")  # fmt: skip
 
     def delta_about(self, trainer: Trainer) -> dict[str, Any]:
         shapes = {name: list(weights.shape) for name, weights in trainer.banks.items()}
@@ -378,13 +377,13 @@ def keep_of_change(
 ) -> Measured:
     """Behind the last step: leave the model with as much of the change as DELTA_SCALE says, or as is measured."""
     given = trainer.settings.delta_scale
-    states = session.scale_states() if given is None else None
+    on = session.scale_sequences() if given is None else None
     found = Measured(1.0 if given is None else given, {}, 0)
-    if states is None and found.scale == 1:
+    if on is None and found.scale == 1:
         return found
     change = trainer.change()
-    if states is not None:
-        found = measure_delta_scale(trainer.settings, session.model, change, states, progress, memory)
+    if on is not None:
+        found = measure_delta_scale(trainer.settings, session.model, change, on, progress, memory)
     change.move_to(found.scale)
     return found
 

@@ -28,7 +28,7 @@ from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
 from usaf.delta import Delta
-from usaf.delta_scale import MOST_SEQUENCES, chosen_rows
+from usaf.delta_scale import MOST_SEQUENCES, Sequences, chosen_rows
 from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
 from usaf.errors import UserError, one_line
@@ -121,10 +121,15 @@ class Session(ModelSession):
         rows, longest = self.data.unseen, longest_row(self.data.train)
         return self._unseen([row for row in range(len(rows)) if rows.length(row) <= longest])
 
-    def scale_states(self) -> BoundaryStates | None:
-        """Those that DELTA_SCALE is measured on; None where the data have too few."""
-        rows = chosen_rows(self.data.unseen, longest_row(self.data.train))
-        return self._unseen(rows) if rows else None
+    def scale_sequences(self) -> Sequences | None:
+        """Those that DELTA_SCALE is measured on; None where the data have too few. An epoch leaves none unseen: then
+        they are those of in_domain, which chooses nothing else."""
+        data, longest = self.data, longest_row(self.data.train)
+        if rows := chosen_rows(data.unseen, longest):
+            return Sequences(self._unseen(rows), rows, evaluated=False)
+        if rows := chosen_rows(data.in_domain, longest):
+            return Sequences(self._evaluated(data.in_domain), rows, evaluated=True)
+        return None
 
     def _unseen(self, rows: list[int]) -> BoundaryStates:
         chunks = chunked(len(rows), self.chunk_rows(self.data.train))
@@ -134,10 +139,10 @@ class Session(ModelSession):
         return {"in_domain": self.data.in_domain, **self.data.heldout}
 
     def evaluation_states(self) -> dict[str, BoundaryStates]:
-        return {
-            name: self.boundary(rows, chunked(len(rows), self.chunk_rows(rows)))
-            for name, rows in self.evaluation_sets().items()
-        }
+        return {name: self._evaluated(rows) for name, rows in self.evaluation_sets().items()}
+
+    def _evaluated(self, rows: Rows) -> BoundaryStates:
+        return self.boundary(rows, chunked(len(rows), self.chunk_rows(rows)))
 
     @cached_property
     def data_fingerprint(self) -> str:
