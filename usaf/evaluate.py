@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
-    from usaf.delta import load_delta, scaled
+    from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
-    from usaf.session import apply_delta, evaluate_all, load, prepare, refuse_other, settings_of_run
+    from usaf.session import apply_delta, evaluate_all, load, prepare, settings_of_run
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
@@ -58,14 +58,11 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     settings = settings.replace("flag", **{name: value for name, value in moved.items() if value is not None})
     session = prepare(settings, delta.about["decisions"], train=False)
     load(session)
-    if not arguments.base:
-        refuse_other(session, delta, arguments.delta)
-    own = {} if arguments.scale == [1.0] else session.model.own_weights()
     states = session.evaluation_states()
     results = {}
     for scale in arguments.scale:
         if not arguments.base:
-            apply_delta(session, scaled(delta, scale, own), arguments.delta)
+            apply_delta(session, delta, arguments.delta, scale)
         results[scale] = evaluate_all(session, states)
     say()
     say(table_of(results))

@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def export_command(arguments: argparse.Namespace) -> int:
     import torch
 
-    from usaf.delta import load_delta, scaled
+    from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
     from usaf.merge import Merge
     from usaf.merged_folder import refuse_place, refuse_taken, whole_folder, write_folder
-    from usaf.session import Session, apply_delta, load, prepare, prepare_model, refuse_other, settings_of_run
+    from usaf.session import Session, apply_delta, load, prepare, prepare_model, settings_of_run
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
@@ -75,10 +75,7 @@ def export_command(arguments: argparse.Namespace) -> int:
     session = prepare_model(settings, decisions) if arguments.no_evaluate else prepare(settings, decisions, train=False)
     refuse_place(arguments.output, session.checkpoint.folder)
     load(session)
-    refuse_other(session, delta, arguments.delta)
-    if scale != 1:
-        delta = scaled(delta, scale, session.model.own_weights())
-    apply_delta(session, delta, arguments.delta)
+    delta = apply_delta(session, delta, arguments.delta, scale)
     assert session.store is not None
     dtype_name = DTYPES[arguments.dtype]
     dtype = None if dtype_name is None else getattr(torch, dtype_name)

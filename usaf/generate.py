@@ -109,10 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def generate_command(arguments: argparse.Namespace) -> int:
-    from usaf.delta import load_delta, scaled
+    from usaf.delta import load_delta
     from usaf.files import require_writable, write_json
     from usaf.prompts import prompts_of_flags
-    from usaf.session import apply_delta, load, prepare_model, refuse_other
+    from usaf.session import apply_delta, load, prepare_model
 
     if arguments.json is not None:
         require_writable(arguments.json, "--json")
@@ -124,11 +124,9 @@ def generate_command(arguments: argparse.Namespace) -> int:
     answer = answers(session, tokenizer, arguments)
     load(session)
     (scale,) = arguments.scale
-    own = session.model.own_weights() if arguments.compare or scale != 1 else {}
     if delta is not None and not arguments.base:
-        refuse_other(session, delta, arguments.delta)
-        apply_delta(session, scaled(delta, scale, own), arguments.delta)
-    figures = answer_all(session, encoded, answer, own if arguments.compare else None)
+        apply_delta(session, delta, arguments.delta, scale)
+    figures = answer_all(session, encoded, answer, session.own if arguments.compare else None)
     if arguments.json is not None:
         write_json(arguments.json, {
             "delta": None if arguments.delta is None else str(arguments.delta), "base_only": arguments.base,

@@ -27,7 +27,7 @@ from usaf import __version__
 from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
 from usaf.data import DataOrder, Rows, TrainingData, build_training_data
-from usaf.delta import Delta
+from usaf.delta import Delta, scaled
 from usaf.delta_scale import MOST_SEQUENCES, Sequences, chosen_rows
 from usaf.demo import DEMO_MODEL, build_demo_text
 from usaf.devices import Backend, choose_backend
@@ -68,6 +68,7 @@ class ModelSession:
     store: ExpertStore | None = None  # the 4-bit experts, where there are any yet
     model: SparseModel = field(init=False)
     loaded: bool = False  # whether `model` is there
+    own: dict[str, Tensor] | None = None  # where a delta is applied, the checkpoint's own routers and norms
 
     @property
     def start(self) -> int:
@@ -469,15 +470,20 @@ def make_resident(bank: ExpertBank) -> None:
     bank.resident = copies
 
 
-def apply_delta(session: ModelSession, delta: Delta, path: Path) -> None:
-    """Put a trained result onto its base; refuses one of another base."""
+def apply_delta(session: ModelSession, delta: Delta, path: Path, scale: float = 1.0) -> Delta:
+    """Put a trained result, or `scale` of it, onto its base, instead of one that is there, and return what was put
+    there; refuses one of another base."""
     refuse_other(session, delta, path)
+    if session.own is None:
+        session.own = session.model.own_weights()
+    delta = scaled(delta, scale, session.own)
     sparse, whole = places_of_delta(session)
     for name, (indices, values) in delta.sparse.items():
         sparse[name].set_active(indices, values)
         sparse[name].delta.requires_grad_(False)
     for name, weight in delta.whole.items():
         whole[name].data.copy_(weight)
+    return delta
 
 
 def places_of_delta(session: ModelSession) -> tuple[dict[str, SparseWeights[Any]], dict[str, torch.nn.Parameter]]:

@@ -239,7 +239,7 @@ def whole_units(model: Any, session: Any, rate: float) -> list[Any]:
 
 def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str, str]) -> dict[str, Any]:
     """A run of the product's own parts, as `job` puts them together."""
-    from usaf.delta import load_delta, save_delta, scaled
+    from usaf.delta import load_delta, save_delta
     from usaf.job import keep_of_change
     from usaf.session import apply_delta, load
 
@@ -265,12 +265,12 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         size = save_delta(path, delta)
         fresh = seeded_session(bed, seed, settings)
         load(fresh)
-        own, saved = fresh.model.own_weights(), load_delta(path)
+        saved = load_delta(path)
         apply_delta(fresh, saved, path)
         reloaded, _ = judged_by_product(bed, fresh)
         at_scale = {}
         for scale in bed.scales:
-            apply_delta(fresh, scaled(saved, scale, own), path)
+            apply_delta(fresh, saved, path, scale)
             at_scale[f"{scale:g}"], _ = judged_by_product(bed, fresh)
     values = trainer.settings
     head = "" if values.head_lr is None else f", HEAD_LR {values.head_lr:g}"
