@@ -50,6 +50,7 @@ class Recipe:
     reselect_until: float | None = None
     drop_fraction: float | None = None
     drop_by: str = "delta"  # "weight"
+    grow_by: str = "gradient"  # square, as in `score`, of the steps of the capture window
     dropped: str = "undone"  # "kept": keeps the value that it came to, so that more weights move than train at once
     capture_steps: int | None = None
     moments: str = "seeded"  # "zero"; "reset": of all weights, as the earlier tool did
@@ -340,7 +341,7 @@ class Lab:
         size = (unit.base + unit.delta).abs() if recipe.drop_by == "weight" else unit.delta.abs()
         kept = torch.ones(len(active), dtype=torch.bool)
         kept[torch.sort(size, stable=True).indices[:count]] = False
-        candidates = mean.abs()
+        candidates = square.clone() if recipe.grow_by == "square" else mean.abs()
         if unit.name in self.allowed:
             candidates.view(len(self.allowed[unit.name]), -1)[~self.allowed[unit.name]] = -1
         candidates[active[kept]] = -2
