@@ -13,7 +13,7 @@ import torch
 from data_fixtures import CHATML, END_OF_TEXT, STRIPS_REASONING, build_tokenizer, chat, write_jsonl
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from usaf.data import DataOrder, Rows, TrainingData, batch_loss_targets, build_training_data, pack
+from usaf.data import FEWEST, DataOrder, Rows, TrainingData, batch_loss_targets, build_training_data, pack
 from usaf.errors import UserError
 from usaf.samples import NO_TARGET
 
@@ -380,6 +380,14 @@ def test_unseen_rows_of_text_are_of_many_documents(tmp_path: Path) -> None:
     assert not set.union(*unseen) & set.union(*documents(data.train))
     few = build(path, tokenizer=tokenizer, rows_needed=len(build(path, tokenizer=tokenizer).train) - 9, unseen_rows=12)
     assert 0 < len(few.unseen) < 12
+    assert len(data.untrained) == 0
+    assert few.unseen.samples < FEWEST  # so those of in_domain join in, evaluated or not
+    untrained, in_domain = set.union(*documents(few.untrained)), set.union(*documents(few.in_domain))
+    assert len(few.untrained) == 12
+    assert len(untrained & in_domain) >= FEWEST
+    assert not untrained & set.union(*documents(few.train), *documents(few.heldout["heldout_a"]))
+    plain = build(path, tokenizer=tokenizer, rows_needed=len(few.train))
+    assert (len(plain.unseen), len(plain.untrained)) == (0, 0)
 
 
 def test_picked_rows(tmp_path: Path) -> None:

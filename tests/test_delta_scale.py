@@ -22,11 +22,10 @@ from test_train_command import evaluated, final_evaluations
 from torch import Tensor
 
 from usaf import delta_scale
-from usaf.data import Rows
+from usaf.data import FEWEST, Rows
 from usaf.delta import load_delta, partly
 from usaf.delta_scale import (
     ENOUGH_TARGETS,
-    FEWEST_SEQUENCES,
     LEAST_SEQUENCES,
     MOST_SEQUENCES,
     Change,
@@ -103,7 +102,7 @@ def test_which_sequences(count: int, length: int, expected: int) -> None:
         gaps = [after - before for before, after in itertools.pairwise([*chosen, count])]
         assert max(gaps) - min(gaps) <= 1
         assert expected == min(count, sequences_needed(length - 1))
-    assert (FEWEST_SEQUENCES, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES) == (8, 16, 8192, 64)
+    assert (FEWEST, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES) == (8, 16, 8192, 64)
 
 
 def test_sequences_longer_than_those_that_train_are_left_out() -> None:
@@ -118,7 +117,7 @@ def test_sequences_longer_than_those_that_train_are_left_out() -> None:
 @pytest.mark.parametrize("samples", [7, 8, 40])
 def test_sequences_of_few_samples_are_too_few(samples: int) -> None:
     rows = replace(rows_of(40, 9), samples=samples)
-    assert len(chosen_rows(rows, 9)) == (40 if samples >= FEWEST_SEQUENCES else 0)
+    assert len(chosen_rows(rows, 9)) == (40 if samples >= FEWEST else 0)
 
 
 # ---- the change -----------------------------------------------------------------------------------------------------
@@ -166,13 +165,12 @@ def test_losses_are_those_of_transformers_with_a_part_of_the_change(pair: Pair) 
     points: list[int] = []
     states = pair.states(rows)
     change = Change(weights, {**dict.fromkeys(model.sparse_weights(2)), **base})
-    some = list(range(1, len(rows)))
-    found = measure_delta_scale(Settings(microbatch=2), model, change, Sequences(states, some, True), points.append)
-    assert (found.sequences, found.evaluated) == (len(some), True)
+    found = measure_delta_scale(Settings(microbatch=2), model, change, Sequences(states, True), points.append)
+    assert (found.sequences, found.evaluated) == (len(rows), True)
     assert len(points) == len(found.losses) >= 3
     for scale, loss in found.losses.items():
         moved = {name: scale * change for name, change in changed.items()}
-        assert loss == pytest.approx(reference_loss(pair, rows.picked(some), moved), abs=1e-6)
+        assert loss == pytest.approx(reference_loss(pair, rows, moved), abs=1e-6)
     assert len(set(found.losses.values())) == len(found.losses)
     change.move_to(1.0)
     for name, weight in whole.items():
@@ -201,7 +199,7 @@ def test_a_run_measures_it_and_says_so(fast: Path) -> None:
     assert settings["DELTA_SCALE"] == {"value": event["scale"], "source": "measured"}
     assert read_json(fast / "summary.json")["delta_scale"] == event["scale"]
     assert load_delta(fast / "delta.safetensors").about["settings"]["DELTA_SCALE"]["value"] == event["scale"]
-    assert FEWEST_SEQUENCES <= event["sequences"] <= 38 - 24  # what 12 steps of 2 leave
+    assert FEWEST <= event["sequences"] <= 38 - 24  # what 12 steps of 2 leave
     losses = {float(place): loss for place, loss in event["losses"].items()}
     assert abs(event["scale"] - min(losses, key=lambda place: losses[place])) <= 0.1
     assert "delta scale" in [e["name"] for e in events(fast, "phase")]
@@ -301,13 +299,12 @@ EPOCH: dict[str, object] = {**FAST, "STEPS": None, "EPOCHS": 1, "IN_DOMAIN_FRACT
 
 
 @pytest.mark.parametrize(
-    ("evaluated", "expected"), [(4, (12, False)), (8, (8, False)), (9, (9, True)), (0, (16, True))]
+    ("evaluated", "expected"), [(4, (12, False)), (8, (8, False)), (9, (16, True)), (0, (16, True))]
 )
 def test_an_epoch_is_measured_on_samples_held_back(
     world: World, evaluated: int, expected: tuple[int, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 of 40: on those that are not evaluated, or where they are too few, as a resumed run does, on those that are;
-    the frozen layers have passed these."""
+    """16 of 40: on those that are not evaluated, or where they are too few, on all; a resumed run does the same."""
     tag = f"epoch-{evaluated}"
     with monkeypatch.context() as patch:
         signal_at_step(patch, signal.SIGTERM, 3)
@@ -318,7 +315,7 @@ def test_an_epoch_is_measured_on_samples_held_back(
     (event,) = events(folder, "delta_scale")
     assert (event["sequences"], event["evaluated"]) == expected
     assert len(event["losses"]) >= 3
-    if expected[1]:
+    if evaluated == 0:
         after = final_evaluations(folder)["in_domain"]["loss"]
         assert after <= event["losses"]["1"] + 1e-6  # of the same sequences, with all of the change
 
@@ -327,12 +324,17 @@ def test_one_long_document_does_not_say_how_much_counts(tmp_path: Path) -> None:
     """Two of 32 documents are held back, of many rows each."""
     world = text_world(tmp_path)
     world.data = write_jsonl(tmp_path / "long.jsonl", [{"text": f"{i} {i % 7} hello " * 40} for i in range(32)])
-    assert world.train("long", STEPS=None, EPOCHS=1, SEQ_LEN=32, EVAL_SAMPLES=0, MICROBATCH=64, **FAST) == 0
+    given = {**FAST, "STEPS": None, "EPOCHS": 1, "SEQ_LEN": 32, "EVAL_SAMPLES": 8, "MICROBATCH": 64}
+    assert world.train("long", **given) == 0
     (event,) = events(world.runs / "long", "delta_scale")
     assert (event["scale"], event["sequences"]) == (1.0, 0)
     data = prepare(ResolvedSettings.from_json(read_json(world.runs / "long" / "settings.json")["settings"])).data
-    assert (data.in_domain.samples, len(data.unseen)) == (2, 0)
-    assert len(data.in_domain) >= FEWEST_SEQUENCES
+    assert (data.in_domain.samples, data.unseen.samples, data.untrained.samples) == (1, 1, 2)
+    assert len(data.untrained) >= FEWEST
+    assert world.train("longer", **given, IN_DOMAIN_FRACTION=0.25) == 0
+    (event,) = events(world.runs / "longer", "delta_scale")
+    assert event["sequences"] >= FEWEST
+    assert event["evaluated"]  # of all 8 that are held back, of which evaluation takes one
 
 
 def text_world(root: Path) -> World:

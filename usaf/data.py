@@ -57,6 +57,9 @@ LABELS_AT_ONCE = 1 << 20
 ROWS_OF_A_DOCUMENT = 8
 """One in so many rows of further text is kept."""
 
+FEWEST = 8
+"""So many further rows, of as many samples, are wanted at least: fewer would speak for themselves alone."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -245,13 +248,15 @@ class _RowBuilder:
 class TrainingData:
     """What a run trains and evaluates on. heldout: `heldout_<file stem>` or an extra evaluation's name -> rows; notes:
     lines to print, on what was found in the files and what became of it; unseen: rows, as far as there are any, that
-    nothing trains on or evaluates."""
+    nothing trains on or evaluates; untrained: where these are fewer than `FEWEST`, rows of them and of in_domain's
+    samples, evaluated or not."""
 
     train: Rows
     in_domain: Rows
     heldout: dict[str, Rows]
     notes: list[str]
     unseen: Rows
+    untrained: Rows
 
 
 def build_training_data(
@@ -274,7 +279,8 @@ def build_training_data(
     The samples of `dataset_path` are permuted by the seed; the first max(1, round(fraction * samples)) are in_domain,
     never trained on; without held-out files the next as many are `heldout_<stem of dataset_path>`; the rest trains, in
     permuted order, as far as `rows_needed` rows go (None: all), and `unseen_rows` more come from the samples behind,
-    then from those of these splits that are not evaluated, or as many as there are. Each evaluation set has at most
+    then from those of these splits that are not evaluated, or as many as there are, and where these are fewer than
+    `FEWEST`, from all of in_domain's too. Each evaluation set has at most
     `eval_rows` rows (0: all), those of held-out files drawn alike for every seed, so that runs compare. tokenizer may
     be None for token ids.
 
@@ -295,16 +301,20 @@ def build_training_data(
     order, held_back = _split(corpus, in_domain_fraction, seed, len(splits))
     rest = order[held_back * len(splits) :]
     train = encoder.rows(corpus, rest, rows_needed, "train", notes)
-    evaluated, left = {}, [rest[train.samples :]]
+    evaluated, left = {}, {"train": rest[train.samples :]}
     for i, name in enumerate(splits):
         split = order[held_back * i : held_back * (i + 1)]
         evaluated[name] = encoder.rows(corpus, split, eval_rows or None, name, notes)
-        left.append(split[evaluated[name].samples :])
-    unseen = encoder.further_rows(corpus, np.concatenate(left), unseen_rows)
+        left[name] = split[evaluated[name].samples :]
+    unseen = encoder.further_rows(corpus, left.values(), unseen_rows)
+    few = min(len(unseen), unseen.samples) < FEWEST
+    untrained = encoder.further_rows(
+        corpus, {**left, "in_domain": order[:held_back]}.values(), unseen_rows if few else 0
+    )
     for name, other in evaluations.items():
         any_seed = np.random.default_rng([0, SPLIT_STREAM]).permutation(len(other.samples))
         evaluated[name] = encoder.rows(other, any_seed, eval_rows or None, name, notes)
-    return TrainingData(train, evaluated.pop("in_domain"), evaluated, notes, unseen)
+    return TrainingData(train, evaluated.pop("in_domain"), evaluated, notes, unseen, untrained)
 
 
 def _evaluation_paths(
@@ -392,11 +402,12 @@ class _Encoder:
         notes.append(note)
         return rows
 
-    def further_rows(self, corpus: _Corpus, order: np.ndarray, at_most: int) -> Rows:
+    def further_rows(self, corpus: _Corpus, orders: Iterable[np.ndarray], at_most: int) -> Rows:
         """The same without a line, and as few as there are. Of long documents not every row: those of one document are
         alike, and these are for measurements, which a few documents would mislead."""
         among = at_most * (ROWS_OF_A_DOCUMENT if corpus.samples.kind == "text" else 1)
-        rows = self._packed(corpus, order if at_most else order[:0], among or None, Counter())
+        order = np.concatenate([*orders]) if at_most else np.zeros(0, np.int64)
+        rows = self._packed(corpus, order, among or None, Counter())
         picked = np.linspace(0, len(rows), min(at_most, len(rows)), endpoint=False).astype(np.int64)
         return rows.picked(picked.tolist())
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usaf.data import Rows
+from usaf.data import FEWEST, Rows
 from usaf.delta import partly
 from usaf.loss import count_targets
 from usaf.model import SparseModel
@@ -26,9 +26,9 @@ from usaf.probe import Probe, parts_of
 from usaf.settings import Settings
 from usaf.workspace import PRIVATE, Memory
 
-FEWEST_SEQUENCES, LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES = 8, 16, 8192, 64
-"""Sequences that it is measured on: so many at least, of as many samples; where there are enough 16, and more until
-they have so many targets, but no more than 64."""
+LEAST_SEQUENCES, ENOUGH_TARGETS, MOST_SEQUENCES = 16, 8192, 64
+"""Sequences that it is measured on: so many at least where there are enough, and more until they have so many targets,
+but no more than 64."""
 TENTHS = 10
 """The loss is taken at so many places between base and trained model at most."""
 
@@ -36,7 +36,7 @@ TENTHS = 10
 @dataclass(frozen=True)
 class Measured:
     """scale: what of the change counts; losses: place -> mean loss in nats, of those that were tried, empty where there
-    were too few sequences; sequences: how many there were; evaluated: whether they are evaluated too."""
+    were too few sequences; sequences: how many there were; evaluated: as in `Sequences`."""
 
     scale: float
     losses: dict[float, float]
@@ -46,10 +46,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Those that it is measured on. evaluated: whether they are an evaluation set's, since nothing else was left."""
+    """Those that it is measured on, all rows of `states`. evaluated: whether some are of samples that are evaluated,
+    since too little else was left."""
 
     states: BoundaryStates
-    rows: list[int]
     evaluated: bool
 
 
@@ -79,7 +79,7 @@ def chosen_rows(rows: Rows, longest: int) -> list[int]:
     """Those of `rows` that it is measured on, spread over them; none longer than the `longest` that trains, for which
     the run is planned. Empty where they are too few, or of too few samples: one document would not speak for others."""
     fit = [row for row in range(len(rows)) if rows.length(row) <= longest]
-    if min(len(fit), rows.samples) < FEWEST_SEQUENCES:
+    if min(len(fit), rows.samples) < FEWEST:
         return []
     mean = count_targets(rows.batch(fit)) / len(fit)  # above 0: rows without any are dropped
     count = min(len(fit), sequences_needed(mean))
@@ -115,7 +115,8 @@ def measure_delta_scale(
     memory: Memory = PRIVATE,
 ) -> Measured:  # fmt: skip
     """`progress` is called after each place; the model is left at the last of them."""
-    probe = Probe(model, parts_of(on.states, on.rows, settings.microbatch), settings.head_chunk_tokens, memory)
+    rows = [row for chunk in on.states.chunks for row in chunk]
+    probe = Probe(model, parts_of(on.states, rows, settings.microbatch), settings.head_chunk_tokens, memory)
 
     def loss(scale: float) -> float:
         change.move_to(scale)
@@ -123,4 +124,4 @@ def measure_delta_scale(
         progress(1)
         return value
 
-    return Measured(*lowest_place(loss), len(on.rows), on.evaluated)
+    return Measured(*lowest_place(loss), len(rows), on.evaluated)

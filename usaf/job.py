@@ -19,8 +19,9 @@ from types import FrameType
 from typing import Any
 
 from usaf.console import phase, say
+from usaf.data import FEWEST
 from usaf.delta import save_delta
-from usaf.delta_scale import FEWEST_SEQUENCES, Measured, measure_delta_scale
+from usaf.delta_scale import Measured, measure_delta_scale
 from usaf.errors import RunError, UserError
 from usaf.evaluation import Evaluation
 from usaf.importance import Importance, find_important, sample_chunks
@@ -360,10 +361,12 @@ class Job:
     def reason_of_scale(self, found: Measured) -> str:
         if found.losses:
             losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
-            those = "of in_domain, as no others are left" if found.evaluated else "that nothing trained on"
+            those = (
+                "of in_domain's samples, as too few others are left" if found.evaluated else "that nothing trained on"
+            )
             return f"measured on {found.sequences} sequences {those}: a loss of {losses}"
         remedy = "raise IN_DOMAIN_FRACTION" + ("" if self.values.epochs else ", or lower STEPS")
-        return (f"to measure it the data have not {FEWEST_SEQUENCES} sequences, of as many samples, that do not train; "
+        return (f"to measure it the data have not {FEWEST} sequences, of as many samples, that do not train; "
                 f"for such a run {remedy}")  # fmt: skip
 
     def delta_about(self, trainer: Trainer) -> dict[str, Any]:

@@ -591,8 +591,7 @@ def passes_taken_again(shape: ModelShape, rates: Rates, work: Work, pass_prefix:
 
 
 def delta_scale_time(shape: ModelShape, rates: Rates, work: Work) -> list[PhaseTime]:
-    """Forward passes alone, behind one through the frozen layers, which these sequences have not passed before (those
-    of in_domain, behind an epoch, have)."""
+    """Forward passes alone, behind one through the frozen layers, which these sequences have not passed before."""
     if work.delta_scale is not None:
         return []
     entering, one = passes_taken_again(shape, rates, work, pass_prefix=True)

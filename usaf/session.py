@@ -120,30 +120,29 @@ class Session(ModelSession):
         """Those of rows that do not train, computed when they are needed; of rows no longer than those that do, for
         which the run is planned."""
         rows, longest = self.data.unseen, longest_row(self.data.train)
-        return self._unseen([row for row in range(len(rows)) if rows.length(row) <= longest])
+        return self._untrained(rows, [row for row in range(len(rows)) if rows.length(row) <= longest])
 
     def scale_sequences(self) -> Sequences | None:
         """Those that DELTA_SCALE is measured on; None where the data have too few. An epoch leaves none unseen: then
-        they are those of in_domain, which chooses nothing else."""
-        data, longest = self.data, longest_row(self.data.train)
-        if rows := chosen_rows(data.unseen, longest):
-            return Sequences(self._unseen(rows), rows, evaluated=False)
-        if rows := chosen_rows(data.in_domain, longest):
-            return Sequences(self._evaluated(data.in_domain), rows, evaluated=True)
+        they are of in_domain's samples, which choose nothing else."""
+        longest = longest_row(self.data.train)
+        for rows in (self.data.unseen, self.data.untrained):
+            if chosen := chosen_rows(rows, longest):
+                return Sequences(self._untrained(rows, chosen), evaluated=rows is self.data.untrained)
         return None
 
-    def _unseen(self, rows: list[int]) -> BoundaryStates:
-        chunks = chunked(len(rows), self.chunk_rows(self.data.train))
-        return self.boundary(self.data.unseen, [[rows[i] for i in chunk] for chunk in chunks], cached=False)
+    def _untrained(self, rows: Rows, chosen: list[int]) -> BoundaryStates:
+        chunks = chunked(len(chosen), self.chunk_rows(self.data.train))
+        return self.boundary(rows, [[chosen[i] for i in chunk] for chunk in chunks], cached=False)
 
     def evaluation_sets(self) -> dict[str, Rows]:
         return {"in_domain": self.data.in_domain, **self.data.heldout}
 
     def evaluation_states(self) -> dict[str, BoundaryStates]:
-        return {name: self._evaluated(rows) for name, rows in self.evaluation_sets().items()}
-
-    def _evaluated(self, rows: Rows) -> BoundaryStates:
-        return self.boundary(rows, chunked(len(rows), self.chunk_rows(rows)))
+        return {
+            name: self.boundary(rows, chunked(len(rows), self.chunk_rows(rows)))
+            for name, rows in self.evaluation_sets().items()
+        }
 
     @cached_property
     def data_fingerprint(self) -> str:
