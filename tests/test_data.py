@@ -13,7 +13,7 @@ import torch
 from data_fixtures import CHATML, END_OF_TEXT, STRIPS_REASONING, build_tokenizer, chat, write_jsonl
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from usaf.data import FEWEST, DataOrder, Rows, TrainingData, batch_loss_targets, build_training_data, pack
+from usaf.data import FEWEST, DataOrder, Rows, TrainingData, batch_loss_targets, build_training_data, enough, pack
 from usaf.errors import UserError
 from usaf.samples import NO_TARGET
 
@@ -388,6 +388,42 @@ def test_unseen_rows_of_text_are_of_many_documents(tmp_path: Path) -> None:
     assert not untrained & set.union(*documents(few.train), *documents(few.heldout["heldout_a"]))
     plain = build(path, tokenizer=tokenizer, rows_needed=len(few.train))
     assert (len(plain.unseen), len(plain.untrained)) == (0, 0)
+
+
+def test_unseen_rows_of_books_are_of_many_of_them(tmp_path: Path) -> None:
+    """Of which the first would do, as far as rows go."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"<{i}> " * 1000} for i in range(60)])
+    tokenizer = build_tokenizer()
+    data = build(path, tokenizer=tokenizer, rows_needed=30, unseen_rows=12)
+    decoded = [str(tokenizer.decode(ids)) for ids in row_lists(data.unseen, data.unseen.input_ids)]
+    assert (data.unseen.samples, len(data.unseen)) == (FEWEST, 12)
+    assert len(set(re.findall(r"<(\d+)>", " ".join(decoded)))) == FEWEST
+    assert enough(data.unseen)
+    assert len(data.untrained) == 0
+
+
+def test_unseen_rows_longer_than_those_that_train_are_left_out(tmp_path: Path) -> None:
+    """And the others alone are counted: where they are too few, in_domain's samples join in."""
+    lengths = [5] * 36 + [9]
+    samples = [{"input_ids": [i, *range(200, 200 + length - 1)]} for i, length in enumerate(lengths)]
+    path = write_jsonl(tmp_path / "a.jsonl", samples)
+    other = write_jsonl(tmp_path / "b.jsonl", samples[:3])
+    for needed, left in ((20, 13), (25, 8), (26, 7)):
+        for seed in range(40):
+            data = build(path, [other], rows_needed=needed, unseen_rows=64, seed=seed)
+            long = data.train.longest() == 9 or 36 in first_ids(data.in_domain)
+            assert len(data.unseen) == left - (not long)
+            assert data.train.longest() >= data.unseen.longest()
+            assert enough(data.unseen) == (len(data.unseen) >= FEWEST)
+            either = set(first_ids(data.unseen)) | {i for i in first_ids(data.in_domain) if i < 36}
+            if data.train.longest() == 5:
+                assert set(first_ids(data.untrained)) == (set() if enough(data.unseen) else either)
+
+
+@pytest.mark.parametrize(("rows", "samples", "expected"), [(7, 40, False), (40, 7, False), (8, 8, True), (0, 0, False)])
+def test_enough_for_a_measurement(rows: int, samples: int, expected: bool) -> None:
+    ids = np.zeros(3 * rows, np.int32)
+    assert enough(Rows(ids, ids, ids, np.arange(rows + 1) * 3, samples=samples)) == expected
 
 
 def test_picked_rows(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ ROWS_OF_A_DOCUMENT = 8
 """One in so many rows of further text is kept."""
 
 FEWEST = 8
-"""So many further rows, of as many samples, are wanted at least: fewer would speak for themselves alone."""
+"""So many further rows, of as many samples, are `enough`: fewer would speak for themselves alone."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class Rows:
     def length(self, row: int) -> int:
         """Tokens of a row."""
         return int(self.offsets[row + 1] - self.offsets[row])
+
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(np.diff(self.offsets).max())
 
     def target_tokens(self) -> int:
         """Labels that count in the loss: nothing predicts the first position of a row."""
@@ -248,8 +252,8 @@ class _RowBuilder:
 class TrainingData:
     """What a run trains and evaluates on. heldout: `heldout_<file stem>` or an extra evaluation's name -> rows; notes:
     lines to print, on what was found in the files and what became of it; unseen: rows, as far as there are any, that
-    nothing trains on or evaluates; untrained: where these are fewer than `FEWEST`, rows of them and of in_domain's
-    samples, evaluated or not."""
+    nothing trains on or evaluates; untrained: where these are not `enough`, rows of their samples and of in_domain's,
+    evaluated or not. None of either is longer than the longest that trains, for which a run is planned."""
 
     train: Rows
     in_domain: Rows
@@ -257,6 +261,11 @@ class TrainingData:
     notes: list[str]
     unseen: Rows
     untrained: Rows
+
+
+def enough(rows: Rows) -> bool:
+    """For a measurement."""
+    return min(len(rows), rows.samples) >= FEWEST
 
 
 def build_training_data(
@@ -279,10 +288,9 @@ def build_training_data(
     The samples of `dataset_path` are permuted by the seed; the first max(1, round(fraction * samples)) are in_domain,
     never trained on; without held-out files the next as many are `heldout_<stem of dataset_path>`; the rest trains, in
     permuted order, as far as `rows_needed` rows go (None: all), and `unseen_rows` more come from the samples behind,
-    then from those of these splits that are not evaluated, or as many as there are, and where these are fewer than
-    `FEWEST`, from all of in_domain's too. Each evaluation set has at most
-    `eval_rows` rows (0: all), those of held-out files drawn alike for every seed, so that runs compare. tokenizer may
-    be None for token ids.
+    then from those of these splits that are not evaluated, or as many as there are, and where these are not
+    `enough`, from all of in_domain's too. Each evaluation set has at most `eval_rows` rows (0: all), those of held-out
+    files drawn alike for every seed, so that runs compare. tokenizer may be None for token ids.
 
     Raises UserError for every fault of the files, for two held-out files of one stem, and for too few samples.
     """
@@ -306,11 +314,10 @@ def build_training_data(
         split = order[held_back * i : held_back * (i + 1)]
         evaluated[name] = encoder.rows(corpus, split, eval_rows or None, name, notes)
         left[name] = split[evaluated[name].samples :]
-    unseen = encoder.further_rows(corpus, left.values(), unseen_rows)
-    few = min(len(unseen), unseen.samples) < FEWEST
-    untrained = encoder.further_rows(
-        corpus, {**left, "in_domain": order[:held_back]}.values(), unseen_rows if few else 0
-    )
+    longest = train.longest()
+    unseen = encoder.further_rows(corpus, left.values(), unseen_rows, longest)
+    either = {**left, "in_domain": order[:held_back]}
+    untrained = encoder.further_rows(corpus, either.values(), 0 if enough(unseen) else unseen_rows, longest)
     for name, other in evaluations.items():
         any_seed = np.random.default_rng([0, SPLIT_STREAM]).permutation(len(other.samples))
         evaluated[name] = encoder.rows(other, any_seed, eval_rows or None, name, notes)
@@ -402,14 +409,17 @@ class _Encoder:
         notes.append(note)
         return rows
 
-    def further_rows(self, corpus: _Corpus, orders: Iterable[np.ndarray], at_most: int) -> Rows:
-        """The same without a line, and as few as there are. Of long documents not every row: those of one document are
-        alike, and these are for measurements, which a few documents would mislead."""
+    def further_rows(self, corpus: _Corpus, orders: Iterable[np.ndarray], at_most: int, longest: int) -> Rows:
+        """The same without a line, as few as there are, and none of more than `longest` tokens. Of long documents not
+        every row: those of one document are alike, and these are for measurements, which a few documents would
+        mislead."""
         among = at_most * (ROWS_OF_A_DOCUMENT if corpus.samples.kind == "text" else 1)
         order = np.concatenate([*orders]) if at_most else np.zeros(0, np.int64)
         rows = self._packed(corpus, order, among or None, Counter())
+        if rows.samples < FEWEST:
+            rows = self._packed(corpus, order[:FEWEST], None, Counter())
         picked = np.linspace(0, len(rows), min(at_most, len(rows)), endpoint=False).astype(np.int64)
-        return rows.picked(picked.tolist())
+        return rows.picked([row for row in picked.tolist() if rows.length(row) <= longest])
 
     def _packed(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, counts: Counter[str]) -> Rows:
         kind = corpus.samples.kind

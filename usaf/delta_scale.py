@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from usaf.data import FEWEST, Rows
+from usaf.data import Rows
 from usaf.delta import partly
 from usaf.loss import count_targets
 from usaf.model import SparseModel
@@ -75,15 +75,12 @@ def sequences_needed(targets: float) -> int:
     return min(max(LEAST_SEQUENCES, math.ceil(ENOUGH_TARGETS / targets)), MOST_SEQUENCES)
 
 
-def chosen_rows(rows: Rows, longest: int) -> list[int]:
-    """Those of `rows` that it is measured on, spread over them; none longer than the `longest` that trains, for which
-    the run is planned. Empty where they are too few, or of too few samples: one document would not speak for others."""
-    fit = [row for row in range(len(rows)) if rows.length(row) <= longest]
-    if min(len(fit), rows.samples) < FEWEST:
-        return []
-    mean = count_targets(rows.batch(fit)) / len(fit)  # above 0: rows without any are dropped
-    count = min(len(fit), sequences_needed(mean))
-    return [fit[i * len(fit) // count] for i in range(count)]
+def chosen_rows(rows: Rows) -> list[int]:
+    """Those that it is measured on, spread over the given ones, which are enough."""
+    there = len(rows)
+    mean = count_targets(rows.batch(range(there))) / there  # above 0: rows without any are dropped
+    count = min(there, sequences_needed(mean))
+    return [i * there // count for i in range(count)]
 
 
 def lowest_place(loss: Callable[[float], float]) -> tuple[float, dict[float, float]]:

@@ -361,13 +361,12 @@ class Job:
     def reason_of_scale(self, found: Measured) -> str:
         if found.losses:
             losses = ", ".join(f"{loss:.4f} at {place:g}" for place, loss in found.losses.items())
-            those = (
-                "of in_domain's samples, as too few others are left" if found.evaluated else "that nothing trained on"
-            )
-            return f"measured on {found.sequences} sequences {those}: a loss of {losses}"
+            those = ", some of in_domain's samples, as too few others are left" if found.evaluated else (
+                " that nothing trained on")  # fmt: skip
+            return f"measured on {found.sequences} sequences{those}: a loss of {losses}"
         remedy = "raise IN_DOMAIN_FRACTION" + ("" if self.values.epochs else ", or lower STEPS")
-        return (f"to measure it the data have not {FEWEST} sequences, of as many samples, that do not train; "
-                f"for such a run {remedy}")  # fmt: skip
+        return (f"to measure it there are not {FEWEST} sequences, of as many samples, that neither train nor are held "
+                f"out; for such a run {remedy}")  # fmt: skip
 
     def delta_about(self, trainer: Trainer) -> dict[str, Any]:
         shapes = {name: list(weights.shape) for name, weights in trainer.banks.items()}

@@ -72,21 +72,17 @@ def work_of_run(settings: ResolvedSettings, data: TrainingData, threads: int, qu
     values, sets = settings.values, [data.in_domain, *data.heldout.values()]
     assert values.train_from is not None
     cache_itemsize = 4 if values.cache_dtype == "fp32" else 2
-    longest = max(sets, key=longest_row)
+    longest = max(sets, key=Rows.longest)
     return work_of(
-        values, values.train_from, longest_row(data.train), len(data.train.input_ids), len(data.train),
-        longest_row(longest), sum(len(rows.input_ids) for rows in sets), cache_itemsize, threads,
+        values, values.train_from, data.train.longest(), len(data.train.input_ids), len(data.train),
+        longest.longest(), sum(len(rows.input_ids) for rows in sets), cache_itemsize, threads,
         quantises=quantises, on_device=on_device, different_targets=data.train.different_targets(),
     )  # fmt: skip
 
 
-def longest_row(rows: Rows) -> int:
-    return int(np.diff(rows.offsets).max())
-
-
 def masked(data: TrainingData) -> bool:
     """Whether rows are packed or, being of different lengths, padded: either needs a mask."""
-    sets = [data.train, data.unseen, data.in_domain, *data.heldout.values()]
+    sets = [data.train, data.unseen, data.untrained, data.in_domain, *data.heldout.values()]
     return any(len(set(np.diff(rows.offsets).tolist())) > 1 or is_packed(rows) for rows in sets)
 
 

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from usaf import __version__
 from usaf.checkpoint import Checkpoint
 from usaf.console import LateBar, phase, say
-from usaf.data import DataOrder, Rows, TrainingData, build_training_data
+from usaf.data import DataOrder, Rows, TrainingData, build_training_data, enough
 from usaf.delta import Delta, scaled
 from usaf.delta_scale import MOST_SEQUENCES, Sequences, chosen_rows
 from usaf.demo import DEMO_MODEL, build_demo_text
@@ -39,7 +39,7 @@ from usaf.files import fingerprint
 from usaf.fused_experts import runs_fused
 from usaf.learning_rate import rows_beyond
 from usaf.memory import available_bytes
-from usaf.memory_limit import Kept, keep_to_limit, longest_row
+from usaf.memory_limit import Kept, keep_to_limit
 from usaf.model import SparseModel, build_model
 from usaf.packing import keeps_documents_apart
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
@@ -94,7 +94,7 @@ class Session(ModelSession):
 
     def chunk_rows(self, rows: Rows) -> int:
         """Sequences in one chunk of the prefix."""
-        return max(1, self.settings.values.prefix_chunk_tokens // longest_row(rows))
+        return max(1, self.settings.values.prefix_chunk_tokens // rows.longest())
 
     def identity(self) -> dict[str, object]:
         """What determines the boundary states beside the sequences: model, versions, arithmetic."""
@@ -117,21 +117,19 @@ class Session(ModelSession):
         )  # fmt: skip
 
     def unseen_states(self) -> BoundaryStates:
-        """Those of rows that do not train, computed when they are needed; of rows no longer than those that do, for
-        which the run is planned."""
-        rows, longest = self.data.unseen, longest_row(self.data.train)
-        return self._untrained(rows, [row for row in range(len(rows)) if rows.length(row) <= longest])
+        """Those of rows that do not train, computed when they are needed."""
+        return self._untrained(self.data.unseen, range(len(self.data.unseen)))
 
     def scale_sequences(self) -> Sequences | None:
-        """Those that DELTA_SCALE is measured on; None where the data have too few. An epoch leaves none unseen: then
-        they are of in_domain's samples, which choose nothing else."""
-        longest = longest_row(self.data.train)
+        """Those that DELTA_SCALE is measured on; None where the data have too few. An epoch leaves hardly any unseen:
+        then in_domain's samples, which choose nothing else, are among them."""
         for rows in (self.data.unseen, self.data.untrained):
-            if chosen := chosen_rows(rows, longest):
-                return Sequences(self._untrained(rows, chosen), evaluated=rows is self.data.untrained)
+            if enough(rows):
+                states = self._untrained(rows, chosen_rows(rows))
+                return Sequences(states, evaluated=rows is self.data.untrained)
         return None
 
-    def _untrained(self, rows: Rows, chosen: list[int]) -> BoundaryStates:
+    def _untrained(self, rows: Rows, chosen: Sequence[int]) -> BoundaryStates:
         chunks = chunked(len(chosen), self.chunk_rows(self.data.train))
         return self.boundary(rows, [[chosen[i] for i in chunk] for chunk in chunks], cached=False)
 
@@ -333,8 +331,8 @@ def check_context(data: TrainingData, checkpoint: Checkpoint, seq_len: int) -> N
     """Refuse sequences beyond the model's context."""
     limit = context_length(checkpoint)
     for name, rows in {"train": data.train, "in_domain": data.in_domain, **data.heldout}.items():
-        if limit is not None and longest_row(rows) > limit:
-            raise UserError(f"SEQ_LEN={seq_len}: the sequences of {name} reach {longest_row(rows)} tokens, and the "
+        if limit is not None and rows.longest() > limit:
+            raise UserError(f"SEQ_LEN={seq_len}: the sequences of {name} reach {rows.longest()} tokens, and the "
                             f"model's context is {limit}; lower SEQ_LEN, or shorten the samples")  # fmt: skip
 
 

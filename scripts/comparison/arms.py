@@ -141,7 +141,7 @@ ABLATIONS: dict[str, Arm] = {
     "now-attention-low-rank-10": lab("and attention, LoRA of rank 1 on the experts, reselected every 10 steps",
                                      low_rank=1, reselect_every=10,
                                      **{**NOW, "sparse": ("down", "attention", "head")}),
-    # at 0.013 these are the rates that the product measures on the demo at 2%
+    # at 0.013 the rates that the product measures on the demo at 2%, but the norms', which go at 0.01 there
     "dense-default": lab("the product's defaults, all of the change, on dense weights, the head at a third of the rate",
                          **TODAY),
     "dense-default-square": lab("importance by mean squared gradients", score="square", **TODAY),

@@ -374,6 +374,7 @@ def run_lab(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[str
             import torch
 
             change = torch.zeros(unit.parameter.numel())
+            change[unit.left] = 1.0  # dropped, but not undone
             change[unit.active] = unit.delta
             changes[unit.name] = change.view(unit.parameter.shape)
     active, moved = sum(u.numel for u in trial.sparse), sum(u.moved() for u in trial.sparse)
