@@ -339,7 +339,7 @@ class Bench:
         with phase("importance", pieces, "chunk") as bar, self.watch() as seen:
             found = find_important(session.model, states, rows, samples, self.values.frac, chunk_rows,
                                    self.values.head_chunk_tokens, bar.update,
-                                   projections=self.values.projections)  # fmt: skip
+                                   projections=self.values.projections, score=self.values.importance_score)  # fmt: skip
         trainer.activate(found.active)
         lengths = self.lengths(rows, samples)
         work = self.work.importance(lengths, self.start, self.values.projections, self.head_trains())

@@ -194,7 +194,7 @@ def measure_importance(session: Session, states: BoundaryStates, repeats: int) -
         began = time.perf_counter()
         found = find_important(session.model, states, rows, samples, values.frac, session.chunk_rows(rows),
                                values.head_chunk_tokens, lambda _: None,
-                               projections=values.projections)  # fmt: skip
+                               projections=values.projections, score=values.importance_score)  # fmt: skip
         seconds.append(time.perf_counter() - began)
         if sum(seconds) > ENOUGH_SECONDS:
             break

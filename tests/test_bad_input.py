@@ -92,6 +92,7 @@ BAD_SETTINGS: list[tuple[dict[str, object], list[str], list[str]]] = [
     ({"QUANT_BITS": 3}, [], ["QUANT_BITS=3"]),
     ({"GROUP_SIZE": 7}, [], ["GROUP_SIZE=7"]),
     ({"IMPORTANCE_SAMPLES": 1}, [], ["IMPORTANCE_SAMPLES=1"]),
+    ({"IMPORTANCE_SCORE": "fisher"}, [], ["IMPORTANCE_SCORE=fisher"]),
     ({"RUN_TAG": "a/b"}, [], ["RUN_TAG=a/b"]),
     ({"RUN_TAG": ".."}, [], ["RUN_TAG=.."]),
     ({"HELDOUT_PATH": "a,,b"}, [], ["HELDOUT_PATH=a,,b"]),

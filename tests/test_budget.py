@@ -98,6 +98,14 @@ def test_the_head_waits_beside_the_top_layers_pairs_until_it_is_scored(shape: Mo
     assert "inputs of the head" not in items(without, "importance, backward")
 
 
+def test_squares_take_the_gathered_rows_once_more(shape: ModelShape) -> None:
+    changes: dict[str, Any] = {"importance_rows": 64, "head_trains": True}
+    one, other = (items(plan_of(shape, **changes, squares=s), "importance, scoring") for s in (False, True))
+    key = next(key for key in one if key.endswith("gradients") and key != "gradients")
+    assert one[key] < other[key] < 2 * one[key]
+    assert {**one, key: 0} == {**other, key: 0}
+
+
 def test_the_head_takes_its_share_of_what_trains(shape: ModelShape) -> None:
     for projections in ("all", "down"):
         found, frozen = (

@@ -169,14 +169,21 @@ def test_its_dense_gradient_is_formed_again_from_what_was_captured(block: int, m
             first, end = head.rows_of(p)
             largest = whole[first:end].abs().amax(1)
             assert bool((factors.bounds(p) * (1 + 1e-3) >= largest).all()), "not a bound"
+            dy, x = factors.part(p, torch.float64)
+            squares = part_gradient(head, [factors], p, torch.float64, squares=True)
+            torch.testing.assert_close(squares, torch.einsum("to,ti->oi", dy**2, x**2))
+            assert bool((factors.bounds(p, squares=True) * (1 + 1e-3) >= squares.amax(1)).all()), "not a bound"
             some = torch.arange(0, end - first, 3)
             alone = part_gradient(head, [factors], p, rows=some)
             torch.testing.assert_close(alone[some], whole[first:end][some], rtol=1e-5, atol=1e-7)
             assert int(alone.abs().sum(1).count_nonzero()) <= len(some)
 
 
+@pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-def test_rows_that_cannot_have_the_best_are_not_formed(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_cannot_have_the_best_are_not_formed(
+    threads: int, squares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a vocabulary of which a text uses a few words; what is chosen is the same as when all rows are formed."""
     monkeypatch.setattr(sparse_head, "BLOCK_ELEMENTS", 50 * WIDTH)
     generator = torch.Generator().manual_seed(3)
@@ -198,16 +205,17 @@ def test_rows_that_cannot_have_the_best_are_not_formed(threads: int, monkeypatch
 
     monkeypatch.setattr(HeadGradients, "part", counting)
     kept = torch.arange(0, 1003 * WIDTH, 97)
-    chosen = score_bank(head, factors, 60), grow_candidates(head, factors, kept, 40)
+    chosen = score_bank(head, factors, 60, squares), grow_candidates(head, factors, kept, 40)
     few = sum(formed)
     formed.clear()
     monkeypatch.setattr(importance, "FEW_ROWS", -1.0)
-    everything = score_bank(head, factors, 60), grow_candidates(head, factors, kept, 40)
+    everything = score_bank(head, factors, 60, squares), grow_candidates(head, factors, kept, 40)
     assert torch.equal(chosen[0][0], everything[0][0])
     assert torch.allclose(chosen[0][1], everything[0][1], rtol=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(chosen[0][2], everything[0][2], strict=True))
     assert torch.equal(chosen[1], everything[1])
-    assert sum(formed) == 2 * 4 * 1003
+    assert sum(formed) - 2 * 4 * 1003 <= 4 * 60 * squares  # and for the gradients at what squares have chosen
+    assert sum(formed) >= 2 * 4 * 1003
     assert few < 0.7 * sum(formed)
 
 

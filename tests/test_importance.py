@@ -173,10 +173,10 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> dict[int, Tensor]:
     `find_important`."""
     seen: dict[int, Tensor] = {}
 
-    def recording(bank: SparseWeights[Any], pairs: Sequence[Factors], k: int) -> Any:
+    def recording(bank: SparseWeights[Any], pairs: Sequence[Factors], k: int, *score: bool) -> Any:
         parts = [part_gradient(bank, pairs, p, torch.float64) for p in range(bank.num_parts)]
         seen[id(bank)] = torch.cat(parts).reshape(bank.shape)
-        return score_bank(bank, pairs, k)
+        return score_bank(bank, pairs, k, *score)
 
     monkeypatch.setattr(importance, "score_bank", recording)
     return seen
@@ -608,6 +608,53 @@ def test_grow_candidates(shared: str) -> None:
     assert grow_candidates(bank, backwards, kept[:0], 3).tolist() == sorted(top[:3].tolist())
 
 
+def squares_by_row(bank: ExpertBank, backwards: Sequence[PairGradients]) -> Tensor:
+    """Of the gradients of single pairs, one after the other, in float64."""
+    total = torch.zeros(bank.shape, dtype=torch.float64)
+    for backward in backwards:
+        for e in range(bank.num_parts):
+            dy, x = backward.part(e, torch.float64)
+            for row in range(len(dy)):
+                total[e] += torch.outer(dy[row], x[row]).square()
+    return total
+
+
+@pytest.mark.parametrize("shared", ["inputs", "outputs"])
+def test_squares_are_of_single_pairs(shared: str) -> None:
+    bank = bank_of(4, 6, 10)
+    made = [random_pairs(bank, 9, seed, shared) for seed in range(4)]
+    backwards, dense = [pairs for pairs, _ in made], sum((d for _, d in made), torch.zeros(4, 6, 10).double())
+    squares, before = squares_by_row(bank, backwards), [b.part(e)[1].clone() for b in backwards for e in range(4)]
+    for e in range(4):
+        found = part_gradient(bank, backwards, e, torch.float64, squares=True)
+        torch.testing.assert_close(found, squares[e], rtol=1e-5, atol=1e-8)
+    chosen, gradient, halves = score_bank(bank, backwards, 12, True)
+    assert torch.equal(chosen, best(squares, 12))
+    assert not torch.equal(chosen, best(dense.abs(), 12))
+    torch.testing.assert_close(gradient.double(), dense.reshape(-1)[chosen], rtol=1e-5, atol=1e-6)
+    for half, of in zip(halves, (backwards[0::2], backwards[1::2]), strict=True):
+        assert torch.equal(half, best(squares_by_row(bank, of), 12))
+    assert len(bank.active) == len(bank.delta) == 0  # as before
+    for was, x in zip(before, (b.part(e)[1] for b in backwards for e in range(4)), strict=True):
+        assert torch.equal(was, x)
+
+
+def test_weights_may_be_chosen_by_squares(qwen: Pair) -> None:
+    """Of every tensor; their gradients are those of the mean loss, as when they are chosen by these."""
+    rows = make_rows()
+
+    def chosen(score: str) -> Importance:
+        return find_important(qwen.model, qwen.states(rows), rows, range(6), 0.02, 2, 16, lambda n: None, score=score)
+
+    by_gradient, by_square = chosen("gradient"), chosen("square")
+    for name, dense in qwen.dense(rows, range(6)).items():
+        places = by_square.active[name]
+        assert len(places) == len(by_gradient.active[name])
+        assert not torch.equal(places, by_gradient.active[name])
+        there = dense.reshape(-1)[places]
+        torch.testing.assert_close(by_square.gradients[name].double(), there, rtol=1e-4, atol=1e-7)
+
+
 def test_expert_without_tokens_has_no_gradient() -> None:
     bank = bank_of(4, 6, 10)
     backwards = [random_pairs(bank, 9, 0, "inputs")[0]]
@@ -678,10 +725,10 @@ def test_pairs_of_one_layer_at_a_time(qwen: Pair, monkeypatch: pytest.MonkeyPatc
     entered: list[weakref.ref[Any]] = []
     backwards: list[int] = []
 
-    def recording(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
+    def recording(bank: ExpertBank, pairs: Sequence[PairGradients], k: int, *score: bool) -> Any:
         captured.extend(weakref.ref(p) for p in pairs)
         captured.extend(weakref.ref(p.grad_outputs) for p in pairs)
-        return score_bank(bank, pairs, k)
+        return score_bank(bank, pairs, k, *score)
 
     original = importance._backward
 
@@ -715,9 +762,9 @@ def test_each_expert_is_decoded_at_most_three_times_a_chunk(qwen: Pair, monkeypa
     for way in ("decode", "base_weight"):  # in fp32, and in the float64 of these tests
         monkeypatch.setattr(ExpertBank, way, counted(getattr(ExpertBank, way)))
 
-    def scoring(bank: ExpertBank, pairs: Sequence[PairGradients], k: int) -> Any:
+    def scoring(bank: ExpertBank, pairs: Sequence[PairGradients], k: int, *score: bool) -> Any:
         before = decoded.total()
-        result = score_bank(bank, pairs, k)
+        result = score_bank(bank, pairs, k, *score)
         assert decoded.total() == before
         return result
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import World, copy_run, events, read_json, same_delta
+from runs import World, copy_run, delta_tensors, events, read_json, same_delta
 
 from usaf import session as session_module
 from usaf.data import DataOrder
@@ -266,3 +266,14 @@ def test_documents_share_a_row_only_where_the_family_keeps_them_apart(
     assert world.train(f"apart-{apart}", STEPS=1) == 0
     assert seen["one_document_per_row"] is not apart
     assert ("one document a row" in capsys.readouterr().out) is not apart
+
+
+def test_weights_are_chosen_by_what_is_set(world: World) -> None:
+    folder = world.finished("by-gradient", STEPS=1)
+    assert same_delta(folder, world.finished("by-gradient-again", STEPS=1, IMPORTANCE_SCORE="gradient"))
+    by_square = world.finished("by-square", STEPS=1, IMPORTANCE_SCORE="square")
+    ones, others = delta_tensors(folder), delta_tensors(by_square)
+    indices = [name for name in ones if name.endswith("indices")]
+    assert indices
+    assert all(len(ones[name]) == len(others[name]) for name in indices)
+    assert not any(torch.equal(ones[name], others[name]) for name in indices)

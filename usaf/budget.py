@@ -104,6 +104,7 @@ class Work:
     measured_rates: int = 0  # of LR_PEAK and HEAD_LR (`learning_rate`)
     delta_scale: float | None = 1.0  # None: measured
     projections: str = "down"
+    squares: bool = False  # IMPORTANCE_SCORE=square
     different_targets: int | None = None  # of the training text (`Rows`); None before it is read: the whole vocabulary
 
     @property
@@ -177,6 +178,7 @@ def work_of(
         prefix_chunk_tokens=values.prefix_chunk_tokens, head_chunk_tokens=values.head_chunk_tokens,
         keep_checkpoints=values.keep_checkpoints, threads=threads,
         resident=values.use_resident == "1", projections=values.projections,
+        squares=values.importance_score == "square",
         measured_rates=len(unset_rates(values)), delta_scale=values.delta_scale,
     )  # fmt: skip
     return Work(**{**known, **more})  # type: ignore[arg-type]
@@ -393,7 +395,8 @@ class _Count:
         (vocabulary, hidden), block = self.shape.head, self.head_block
         cores = min(self.cores, -(-vocabulary // block))
         numbers = tokens * block if tokens >= ROWS_AT_ONCE else (ROWS_AT_ONCE + tokens) * (2 * block + hidden)
-        return cores * ((4 + SCORE_BYTES) * block * hidden + 4 * numbers)
+        squared = max(tokens, ROWS_AT_ONCE) * (block + hidden) if self.work.squares else 0
+        return cores * ((4 + SCORE_BYTES) * block * hidden + 4 * (numbers + squared))
 
     # -- passes with gradients
 
@@ -502,9 +505,9 @@ class _Count:
         return max((own, of_head), key=lambda phase: phase.private) if is_top and self.head_active else own
 
     def scored(self, experts: Experts, tokens: int) -> int:
-        """On all cores: an expert's dense gradients and candidates, its rows gathered."""
+        """On all cores: an expert's dense gradients and candidates, its rows gathered, and these squared."""
         weights = max(experts.up[0] * experts.up[1], experts.down[0] * experts.down[1])
-        rows = self.busiest(experts, tokens) * 4 * (experts.up[0] + experts.up[1])
+        rows = self.busiest(experts, tokens) * 4 * (1 + self.work.squares) * (experts.up[0] + experts.up[1])
         return int(self.cores * (SCORE_BYTES * weights + rows))
 
     def importance_chunk(self) -> int:

@@ -138,10 +138,10 @@ def sample_chunks(samples: Sequence[int], chunk_rows: int) -> list[list[int]]:
 def find_important(
     model: SparseModel, states: BoundaryStates, rows: Rows, samples: Sequence[int], fraction: float,
     chunk_rows: int, head_chunk_tokens: int, progress: Progress, workspace: Workspace | None = None,
-    projections: str = "all",
+    projections: str = "all", score: str = "gradient",
 ) -> Importance:  # fmt: skip
     """The weights of each fused expert tensor with the largest mean gradient over the sequences `samples`, as many as
-    `active_counts` says.
+    `active_counts` says; with the `score` "square", with the largest mean of their tokens' squared gradients.
 
     Ties go to the lower index. `progress` is called twice for each chunk (`sample_chunks`) and trainable layer.
     `workspace`: where inputs, gradients and pairs of all samples lie, on the CPU; None is private memory.
@@ -157,9 +157,10 @@ def find_important(
     head = _Head(model, head_chunk_tokens, scale, memory)
     counts = counts_by_name(model, states.start, fraction, projections, rows.different_targets())
     active: dict[str, Tensor] = {}
-    gradient_at: dict[str, Tensor] = {}
+    gradients_there: dict[str, Tensor] = {}
     overlaps: list[float] = []
     unused: dict[type, bool] = {}
+    squares = score == "square"
     for segment in reversed(segments):
         moes = [moe for moe in model.moe if moe.layer in range(*segment)]
         needs_input_gradient = segment[0] > states.start
@@ -172,21 +173,23 @@ def find_important(
         )  # fmt: skip
         for name in own:
             if name not in banks:
-                active[name], gradient_at[name] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+                active[name], gradients_there[name] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
                 continue
             pairs = captured.pop(0)
-            active[name], gradient_at[name], halves = score_bank(banks[name], pairs, counts[name])
+            active[name], gradients_there[name], halves = score_bank(banks[name], pairs, counts[name], squares)
             overlaps.append(overlap(*halves))
             del pairs  # a layer's pairs are gone before the next layer's are captured
         if above is not None and model.head is not None:
             name = model.head_name
-            active[name], gradient_at[name] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+            active[name], gradients_there[name] = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
             if counts[name]:
-                active[name], gradient_at[name], halves = score_bank(model.head, head.captured, counts[name])
+                active[name], gradients_there[name], halves = score_bank(
+                    model.head, head.captured, counts[name], squares
+                )
                 overlaps.append(overlap(*halves))
             head.captured.clear()
     half_overlap = sum(overlaps) / len(overlaps) if len(chunks) > 1 else float("nan")
-    return Importance(active, gradient_at, half_overlap, len(samples))
+    return Importance(active, gradients_there, half_overlap, len(samples))
 
 
 @torch.no_grad()
@@ -317,10 +320,10 @@ FEW_ROWS = 0.75
 
 def part_gradient(
     weights: SparseWeights[Any], backwards: Sequence[Factors], p: int, dtype: torch.dtype = torch.float32,
-    rows: Tensor | None = None,
+    rows: Tensor | None = None, squares: bool = False,
 ) -> Tensor:  # fmt: skip
     """The exact dense gradient [out, in] of part p over all given backwards; with `rows` (int64) of these alone, zeros
-    elsewhere."""
+    elsewhere; with `squares` the sum of the squares of what each token (of an expert: pair) adds to it."""
     total: Tensor | None = None
     waiting: list[tuple[Tensor, Tensor]] = []
     used = [b for b in backwards if b.starts[p] < b.starts[p + 1]]
@@ -328,6 +331,8 @@ def part_gradient(
         waiting.append(backward.part(p, dtype, rows))
         if sum(len(x) for _, x in waiting) >= ROWS_AT_ONCE or i == len(used) - 1:
             dy, x = (torch.cat(both) if len(both) > 1 else both[0] for both in zip(*waiting, strict=True))
+            if squares:
+                dy, x = dy.square(), x.square()
             total = dy.t() @ x if total is None else total.addmm_(dy.t(), x)
             waiting = []
     if rows is None and total is not None:
@@ -336,12 +341,14 @@ def part_gradient(
     return whole if rows is None or total is None else whole.index_copy_(0, rows, total)
 
 
-def promising_rows(p: int, wanted: Sequence[tuple[Sequence[Factors], float]]) -> Tensor | None:
+def promising_rows(
+    p: int, wanted: Sequence[tuple[Sequence[Factors], float]], squares: bool = False
+) -> Tensor | None:  # fmt: skip
     """The rows of part p whose gradient, over some of the sets of backwards, may have an entry as large as its least;
-    int64, None for all. wanted: (backwards, least size that is wanted of their sum)."""
+    int64, None for all. wanted: (backwards, least size that is wanted of their sum); squares: as in `part_gradient`."""
     found: Tensor | None = None
     for backwards, least in wanted:
-        bounds = [bound for bound in (backward.bounds(p) for backward in backwards) if bound is not None]
+        bounds = [bound for bound in (backward.bounds(p, squares) for backward in backwards) if bound is not None]
         if not backwards or len(bounds) < len(backwards):
             return None
         here = torch.stack(bounds).sum(0) * (1 + BOUND_ERROR) >= least
@@ -359,28 +366,41 @@ with must not depend on how far other threads are, since the rounding of a produ
 
 
 def score_bank(
-    bank: SparseWeights[Any], pairs: Sequence[Factors], k: int
+    bank: SparseWeights[Any], pairs: Sequence[Factors], k: int, squares: bool = False
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """(the k best flat indices, the gradient there, the k best by the even and by the odd entries alone); indices are
     int64 and sorted.
 
-    `pairs`: one entry for each backward. One part at a time is dense on each core.
+    `pairs`: one entry for each backward; squares: whether the best are by `part_gradient` with squares. One part at a
+    time is dense on each core.
     """
     whole, even, odd = RunningTopK(k), RunningTopK(k), RunningTopK(k)
     halves = pairs[0::2], pairs[1::2]
 
     def score(p: int, least: tuple[float, ...]) -> None:
         first = p * bank.part_size
-        rows = promising_rows(p, list(zip((*halves, pairs), least, strict=True)))
+        rows = promising_rows(p, list(zip((*halves, pairs), least, strict=True)), squares)
         if rows is not None and len(rows) == 0:
             return
-        gradient_even, gradient_odd = (part_gradient(bank, half, p, rows=rows) for half in halves)
+        gradient_even, gradient_odd = (part_gradient(bank, half, p, rows=rows, squares=squares) for half in halves)
         even.update(gradient_even.reshape(-1), first)
         odd.update(gradient_odd.reshape(-1), first)
         whole.update(gradient_even.add_(gradient_odd).reshape(-1), first)
 
     for_each_part(bank, pairs, score, (even, odd, whole))
-    return whole.indices(), whole.values(), (even.indices(), odd.indices())
+    best = whole.indices()
+    return best, gradient_at(bank, pairs, best) if squares else whole.values(), (even.indices(), odd.indices())
+
+
+def gradient_at(bank: SparseWeights[Any], pairs: Sequence[Factors], indices: Tensor) -> Tensor:
+    """The gradient over all given backwards at some of the weights, fp32, of a bank that has no active ones yet."""
+    none = torch.zeros(0, dtype=torch.int64)
+    bank.set_active(indices, torch.zeros(len(indices)))
+    total = torch.zeros(len(indices), device=bank.device)
+    for backward in pairs:
+        total += bank.delta_gradient(backward, backward.dtype)
+    bank.set_active(none, torch.zeros(0))
+    return total.cpu()
 
 
 def grow_candidates(bank: SparseWeights[Any], pairs: Sequence[Factors], kept: Tensor, count: int) -> Tensor:

@@ -153,6 +153,7 @@ class Job:
             found = find_important(
                 session.model, self.states, session.data.train, samples, self.values.frac, rows,
                 self.values.head_chunk_tokens, bar.update, session.workspace("importance"), self.values.projections,
+                self.values.importance_score,
             )  # fmt: skip
         trainer.activate(found.active)
         self.note_importance(trainer, found)

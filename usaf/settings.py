@@ -278,6 +278,11 @@ class Settings:
         4, _at_least(1), "ordinary training steps before a reselection whose gradients rank the candidates"
     )
     importance_samples: int = _setting(64, _at_least(2), "sequences whose gradients choose the first active weights")
+    importance_score: str = _setting(
+        "gradient",
+        _choice("gradient", "square"),
+        "what chooses the first active weights: their mean gradient, or the mean of the tokens' squared ones",
+    )
     eval_samples: int = _setting(64, _at_least(0), "sequences per evaluation set, 0 = all")
     in_domain_fraction: float = _setting(
         0.05,

@@ -104,10 +104,17 @@ class HeadGradients(Factors):
         """max |x_c|."""
         return self.inputs.to(self.squares.dtype).square().sum(0).amax().sqrt()
 
-    def bounds(self, p: int) -> Tensor | None:
+    @cached_property
+    def largest_input(self) -> Tensor:
+        """max |x_tc|."""
+        return self.inputs.to(self.squares.dtype).abs().amax()
+
+    def bounds(self, p: int, squares: bool = False) -> Tensor | None:
         if self.inputs.device.type != "cpu" or self.inputs.dtype != self.dtype:
             return None  # formed again in 16 bits, logits may be off by more than any bound allows
         first, end = self.head.rows_of(p)
+        if squares:  # the sum of dz^2 x^2 is at most that of dz^2 times the largest x^2
+            return self.squares[first:end] * (self.largest_input * (self.loss_scale * self.scale)).square()
         return self.squares[first:end].sqrt() * (self.largest_column * (self.loss_scale * self.scale))
 
     def scaled(self, scale: float) -> HeadGradients:

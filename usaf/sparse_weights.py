@@ -47,8 +47,9 @@ class Factors(ABC):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(dY_p [n, out], X_p [n, in]) of the n rows of part p; of dY the columns that `outputs` names, where given."""
 
-    def bounds(self, p: int) -> Tensor | None:
-        """[out]: what no entry of a row of dW[p] exceeds in size, where that is known for less than dY costs."""
+    def bounds(self, p: int, squares: bool = False) -> Tensor | None:
+        """[out]: what no entry of a row of dW[p] exceeds in size, or with `squares` of the sum of its tokens' squares,
+        where that is known for less than dY costs."""
         return None
 
     @abstractmethod

@@ -260,7 +260,9 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-by-width-default": earlier_default("at rates by width and FRAC: the default of before"),
     "usaf-head-half-default": earlier_default("the same, the head at half the rate"),
     "usaf-head-by-size-default": earlier_default("the same, the head's share of FRAC by its size"),
-    # the product as it is, all of the change, but for one setting
+    # the product as it is, but for one setting
+    "usaf-default-square": default("the first weights chosen by squared gradients", IMPORTANCE_SCORE="square"),
+    # and with all of the change
     "usaf-unscaled-every-50": unscaled("reselected every 50 steps", RESELECT_EVERY=50),
     "usaf-unscaled-static": unscaled("never reselected", RESELECT_EVERY=0),
     "usaf-unscaled-until-85": unscaled("reselected in the first 85% of the steps", RESELECT_UNTIL=0.85),

@@ -298,7 +298,7 @@ def train_product(session: Any) -> tuple[Any, dict[str, Any]]:
     samples = order.first_rows(min(values.importance_samples, len(rows)))
     found = find_important(
         session.model, states, rows, samples, values.frac, session.chunk_rows(rows), values.head_chunk_tokens,
-        lambda _: None, projections=values.projections,
+        lambda _: None, projections=values.projections, score=values.importance_score,
     )  # fmt: skip
     trainer.activate(found.active)
     rates, _ = measure_learning_rates(
