@@ -269,7 +269,7 @@ ABLATIONS: dict[str, Arm] = {
     "usaf-unscaled-drop-10": unscaled("10% dropped at first", DROP_FRACTION=0.1),
     "usaf-unscaled-drop-50": unscaled("50% dropped at first", DROP_FRACTION=0.5),
     "usaf-unscaled-capture-1": unscaled("candidates from 1 step", CAPTURE_STEPS=1),
-    "usaf-unscaled-capture-10": unscaled("candidates from 10 steps", CAPTURE_STEPS=10),
+    "usaf-unscaled-capture-10": unscaled("candidates from 10 steps", CAPTURE_STEPS=10, RESELECT_EVERY=10),
     "usaf-unscaled-samples-2": unscaled("importance from 2 sequences", IMPORTANCE_SAMPLES=2),
     "usaf-unscaled-samples-16": unscaled("importance from 16 sequences", IMPORTANCE_SAMPLES=16),
     "usaf-unscaled-samples-256": unscaled("importance from 256 sequences", IMPORTANCE_SAMPLES=256),
