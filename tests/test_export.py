@@ -535,6 +535,17 @@ def test_each_expert_is_merged_once(
     assert len(merged) == len(set(merged)) == 2 * layers * experts
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_a_rearrangement_is(dtype: torch.dtype) -> None:
+    size = 1000
+    addresses = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert merge_module.is_rearrangement(addresses, size)
+    twice, negative, beyond = addresses.clone(), addresses.clone(), addresses.clone()
+    twice[3], negative[3], beyond[3] = twice[4], -1, size
+    for wrong in (twice, negative, beyond, addresses[:-1], torch.cat([addresses, addresses[:1]]), addresses[:0]):
+        assert not merge_module.is_rearrangement(wrong, size)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["original", "dequantized"])
 def test_exporting_gigabytes_in_many_shards_stays_small(

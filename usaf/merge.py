@@ -176,15 +176,15 @@ class Merge:
         """Expert e of a fused parameter as it is written: its part of each tensor that it is made of."""
         pieces = self.pieces(target, e)
         places, values = self._delta_of(target, e)
-        base = self._base_of(target, e, pieces)
-        merged = base.clone()
+        merged = self._base_of(target, e, pieces)
+        base = merged[places]
         merged[places] += values
         found, first = [], 0
         for piece, part in zip(pieces, self._split(pieces, merged), strict=True):
             rounded = self._rounded(piece.key, part)
-            active = places[(places >= first) & (places < first + part.numel())]
-            changed = rounded.reshape(-1)[active - first] != base[active].to(rounded.dtype)
-            found.append(MergedPiece(piece, rounded, len(active), int(changed.sum())))
+            here = (places >= first) & (places < first + part.numel())
+            changed = rounded.reshape(-1)[places[here] - first] != base[here].to(rounded.dtype)
+            found.append(MergedPiece(piece, rounded, int(here.sum()), int(changed.sum())))
             first += part.numel()
         return found
 
@@ -241,7 +241,7 @@ class Merge:
         return placed
 
     def _address_map(self, target: str) -> Tensor | None:
-        """int64: where in its pieces each weight of an expert, a router or a norm lies; None where they lie in order.
+        """int32 or int64: where in its pieces each weight of an expert, a router or a norm lies; None: in order.
 
         The same for all experts of a parameter, whose pieces have equal shapes.
         """
@@ -249,13 +249,16 @@ class Merge:
             is_whole = target in self.delta.whole
             pieces = self.plan.sources[target].pieces if is_whole else self.pieces(target, 0)
             size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
-            stored = self._split(pieces, torch.arange(size))
+            in_order = torch.arange(size, dtype=torch.int32 if size < 2**31 else torch.int64)
             assemble = self.plan.assemble if is_whole else self.plan.assemble_expert
-            addresses = assemble(target, pieces, stored).reshape(-1)
-            if len(addresses) != size or not bool((torch.bincount(addresses) == 1).all()):
+            addresses = assemble(target, pieces, self._split(pieces, in_order)).reshape(-1)
+            if torch.equal(addresses, in_order):
+                self._addresses[target] = None
+            elif is_rearrangement(addresses, size):
+                self._addresses[target] = addresses
+            else:
                 raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
                                 "this family cannot be exported yet")  # fmt: skip
-            self._addresses[target] = None if bool((addresses == torch.arange(len(addresses))).all()) else addresses
         return self._addresses[target]
 
     # -- routers and norms ---------------------------------------------------------------------------------------------
@@ -290,6 +293,15 @@ class Merge:
             counts.active += len(places)
             counts.changed += int((rounded != before.to(dtype)).sum())
         return merged
+
+
+def is_rearrangement(addresses: Tensor, size: int) -> bool:
+    """Whether each of 0, 1, ... size - 1 is there once."""
+    if len(addresses) != size or int(addresses.min()) < 0 or int(addresses.max()) >= size:
+        return False
+    seen = torch.zeros(size, dtype=torch.bool)
+    seen[addresses] = True
+    return bool(seen.all())
 
 
 class StoredWeights:
