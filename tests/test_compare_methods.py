@@ -208,10 +208,34 @@ def test_what_is_dropped_goes_back_or_keeps_its_value(undo: bool) -> None:
     assert unit.moved() == (2 if undo else 3)
 
 
+def test_the_best_neurons_are_whole() -> None:
+    from comparison.lab import best_neurons
+
+    experts, inner, hidden = 3, 5, 4
+    up, down = torch.zeros(experts, 2 * inner, hidden), torch.zeros(experts, hidden, inner)
+    up[1, 2, 0] = 3.0  # expert 1, neuron 2, by its gate row
+    up[2, 4 + inner, 3] = 2.0  # expert 2, neuron 4, by its up row
+    down[0, 1, 0] = 1.0  # expert 0, neuron 0, by its down column
+    names = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj", "lm_head.weight"
+    counts = dict(zip(names, (20, 2 * hidden + 3, 2), strict=True))  # room for two neurons of 12, and 7 weights over
+    head = torch.tensor([[0.0, 5.0], [-7.0, 6.0]])
+    found = best_neurons(dict(zip(names, (up, down, head), strict=True)), counts)
+    mask_up, mask_down = torch.zeros_like(up, dtype=torch.bool), torch.zeros_like(down, dtype=torch.bool)
+    mask_up.view(-1)[found[names[0]]] = True
+    mask_down.view(-1)[found[names[1]]] = True
+    assert mask_up.any(2).nonzero().tolist() == [[1, 2], [1, 2 + inner], [2, 4], [2, 4 + inner]]
+    assert mask_up[1, 2].all()
+    assert mask_up[2, 4 + inner].all()
+    assert mask_down.any(1).nonzero().tolist() == [[1, 2], [2, 4]]
+    assert mask_down[1, :, 2].all()
+    assert found[names[2]].tolist() == [1, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ABLATIONS, "router", "random", "earlier"])
 def test_an_arm_trains_across_a_reselection(bed: Bed, name: str) -> None:
-    wide = dataclasses.replace(bed, steps=6, frac=0.3 if name in ("lab-low-rank", "lab-neurons") else bed.frac)
+    coarse = ("lab-low-rank", "lab-neurons", "dense-default-neurons")
+    wide = dataclasses.replace(bed, steps=6, frac=0.3 if name in coarse else bed.frac)
     found = run_arm(wide, name, 5e-3, 0, SETTINGS)
     assert all(math.isfinite(v) for v in found["nll"].values())
     assert not found["diverged"]

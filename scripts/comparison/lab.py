@@ -164,14 +164,15 @@ class Lab:
         scores = self.scores(tensors)
         if recipe.routed_share < 1 or recipe.least_share > 0:
             self.leave_out_experts(scores)
-        if recipe.neurons:
-            return self.choose_neurons(scores)
         numel, budget = {n: p.numel() for n, p in tensors.items()}, self.budget()
+        counts = self.counts_of_product(numel)
+        if recipe.neurons:
+            assert counts is not None
+            return best_neurons(scores, counts)
         if recipe.scope == "all":
             flat = torch.cat([s.reshape(-1) for s in scores.values()])
             least = flat.kthvalue(len(flat) - budget + 1).values
             return {n: (s.reshape(-1) >= least).nonzero().squeeze(1) for n, s in scores.items()}
-        counts = self.counts_of_product(numel)
         if counts is None:
             total = sum(numel.values())
             counts = {n: max(1, budget * size // total) for n, size in numel.items()}
@@ -247,25 +248,6 @@ class Lab:
             allowed &= counts >= self.recipe.least_share * counts.sum() / len(counts)
             score[~allowed] = -1.0
             self.allowed[name] = allowed
-
-    def choose_neurons(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of every layer the neurons with the largest summed score, whole; as many weights as FRAC gives."""
-        chosen = {}
-        for name in [n for n in scores if n.endswith("gate_up_proj")]:
-            down = name.replace("gate_up_proj", "down_proj")
-            up_score, down_score = scores[name], scores[down]
-            experts, double, hidden = up_score.shape
-            inner = double // 2
-            by_neuron = up_score[:, :inner].sum(2) + up_score[:, inner:].sum(2) + down_score.sum(1)
-            budget = int(self.values.frac * (up_score.numel() + down_score.numel()))
-            neurons = best(by_neuron, max(1, budget // (3 * hidden)))
-            mask_up, mask_down = torch.zeros_like(up_score), torch.zeros_like(down_score)
-            e, j = neurons // inner, neurons % inner
-            mask_up[e, j] = mask_up[e, j + inner] = 1
-            mask_down[e, :, j] = 1
-            chosen[name] = mask_up.view(-1).nonzero().squeeze(1)
-            chosen[down] = mask_down.view(-1).nonzero().squeeze(1)
-        return chosen
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -360,6 +342,26 @@ class Lab:
 def best(scores: Tensor, k: int) -> Tensor:
     """Sorted flat indices of the k largest."""
     return torch.sort(torch.topk(scores.reshape(-1), k).indices).values
+
+
+def best_neurons(scores: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
+    """Parameter name -> sorted flat indices: of every layer the neurons with the largest summed score, whole (gate row,
+    up row, down column), as many as fit into the layer's counts; of a head its own best."""
+    chosen = {n: best(score, counts[n]) for n, score in scores.items() if ".experts." not in n}
+    for name in [n for n in scores if n.endswith("gate_up_proj")]:
+        down = name.replace("gate_up_proj", "down_proj")
+        up_score, down_score = scores[name], scores[down]
+        _, double, hidden = up_score.shape
+        inner = double // 2
+        by_neuron = up_score[:, :inner].sum(2) + up_score[:, inner:].sum(2) + down_score.sum(1)
+        neurons = best(by_neuron, max(1, (counts[name] + counts[down]) // (3 * hidden)))
+        mask_up, mask_down = torch.zeros_like(up_score), torch.zeros_like(down_score)
+        e, j = neurons // inner, neurons % inner
+        mask_up[e, j] = mask_up[e, j + inner] = 1
+        mask_down[e, :, j] = 1
+        chosen[name] = mask_up.view(-1).nonzero().squeeze(1)
+        chosen[down] = mask_down.view(-1).nonzero().squeeze(1)
+    return chosen
 
 
 def sgd16(unit: Unit, gradient: Tensor, rate: float) -> None:
