@@ -15,6 +15,7 @@ from runs import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from compare_methods import Run, finished, main, on_grid, wanted_runs
+from comparison import methods
 from comparison.adapters import (
     adapter_targets,
     adapter_weights,
@@ -159,6 +160,36 @@ def test_qlora_starts_from_the_same_base_as_usaf(bed: Bed) -> None:
     assert adapter == pytest.approx(own, abs=1e-5)
     assert adapter_64 == pytest.approx(own_64, abs=1e-5)
     assert all(adapter != pytest.approx(other, abs=1e-5) for other in (adapter_64, original))
+
+
+@pytest.mark.parametrize("name", ["qlora", "usaf-frozen-router", "lora-experts", "full"])
+def test_next_to_nothing_exported_is_the_unquantised_base(bed: Bed, name: str) -> None:
+    found = run_arm(bed, name, 1e-7, 0, {**SETTINGS, "HEAD_LR": "1e-7"})
+    if name in ("lora-experts", "full"):
+        assert not found.get("exported")
+    else:
+        before = run_arm(bed, "none", None, 0, SETTINGS)["nll"]
+        assert found["exported"] == pytest.approx(before, abs=1e-5)
+        assert found["start"] != pytest.approx(before, abs=1e-4)
+
+
+def test_what_was_trained_is_exported_to_its_place(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas: list[Any] = []
+    on_original = methods.on_original
+    monkeypatch.setattr(methods, "on_original", lambda *a: (deltas.append(a[2]), on_original(*a))[1])
+    found = run_arm(bed, "usaf-default", None, 0, SETTINGS)
+    session = bed.session(0, SETTINGS)
+    model: Any = dense_model(bed, session, "original")
+    (delta,) = deltas
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # from now on no embedding's
+    with torch.no_grad():
+        for name, (indices, values) in delta.sparse.items():
+            model.get_parameter(name).view(-1)[indices] += values
+        for name, weight in delta.whole.items():
+            model.get_parameter(name).copy_(weight)
+    assert len(delta.whole) > 4
+    assert "lm_head.weight" in delta.sparse
+    assert evaluate_dense(model, bed.rows(session)) == pytest.approx(found["exported"], abs=1e-6)
 
 
 def test_full_fine_tuning_moves_everything(bed: Bed) -> None:

@@ -455,6 +455,19 @@ def test_scale_table_has_each_scale_that_all_seeds_have(make: Any) -> None:
     assert lines[3].split(" | ")[4:6] == ["3.000 ± 0.000 (best)", "2.900 ± 0.000"]
 
 
+def test_export_table_has_the_seeds_that_were_evaluated_so(make: Any) -> None:
+    def exported(less: float) -> dict[str, float]:
+        return {name: value - less for name, value in make("ours", 1e-3).nll.items()}
+
+    ours = choose([make("ours", 1e-3, seed, exported=exported(0.1 * seed) if seed else {}) for seed in range(3)])
+    lines = tables.export_table({"full": choose([make("full", 1e-3)]), "ours": ours}).splitlines()
+    assert len(lines) == 3
+    nll = make("ours", 1e-3).nll
+    forgotten = nll["forgetting"] - BEFORE["forgetting"]
+    assert lines[2].split(" | ")[2:5] == ["2", f"{nll['test']:.3f} ± 0.000", f"{nll['test'] - 0.15:.3f} ± 0.071"]
+    assert lines[2].endswith(f"| {forgotten:+.3f} ± 0.000 | {forgotten - 0.15:+.3f} ± 0.071 |")
+
+
 def test_load_table_is_of_1000_tokens_a_layer(make: Any) -> None:
     run = make("ours", 1e-3, loads={"model.layers.1.mlp.experts": [[3, 5], [4, 4]], "b": [[1], [2]]})
     assert tables.load_table(run).splitlines()[2:] == [
@@ -587,7 +600,8 @@ def test_restored_runs_give_the_same_report(tmp_path: Path) -> None:
     for arm in ("odd", "odd-2"):
         write(
             tmp_path / "runs", content(arm, 1e-3, options=options, note="", machine=MACHINE | {"system": "Linux 6.1"},
-                                       loads=loads, setup_seconds=1.5, scaled={"0.9": {**BEFORE, "test": 2.95}})
+                                       loads=loads, setup_seconds=1.5, scaled={"0.9": {**BEFORE, "test": 2.95}},
+                                       exported={**BEFORE, "test": 2.85})
         )  # fmt: skip
     first = write_report(tmp_path / "runs", tmp_path / "one")
     made = load_runs(tmp_path / "runs")

@@ -97,6 +97,12 @@ class ArmResult:
         return replace(self, seeds=known) if len(known) == len(runs) else None
 
     @property
+    def exported(self) -> ArmResult:
+        """What was trained on a quantised base as it is on the unquantised one, of the seeds that were evaluated so."""
+        runs = (run.on_original for run in self.finished)
+        return replace(self, seeds=tuple(run for run in runs if run is not None))
+
+    @property
     def finished(self) -> tuple[Run, ...]:
         return tuple(run for run in self.seeds if not run.failed)
 

@@ -198,12 +198,18 @@ def run_peft(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         for unit in units if in_16_bits else ():
             unit.parameter.data = unit.parameter.data.to(torch.bfloat16)
         model.save_pretrained(folder, save_embedding_layers=False)  # a tied head has the base's
-        fresh = PeftModel.from_pretrained(dense_model(bed, session, base), folder)
+        beside = Path(folder) / "whole.safetensors"
         if whole:
-            beside = Path(folder) / "whole.safetensors"
             save_file({unit.name: unit.parameter.detach().contiguous() for unit in whole}, beside)
-            fresh.load_state_dict(load_file(beside), strict=False)
-        figures["reloaded"] = evaluate_dense(fresh, bed.rows(session))
+
+        def loaded(onto: str) -> dict[str, float]:
+            fresh = PeftModel.from_pretrained(dense_model(bed, session, onto), folder)
+            if whole:
+                fresh.load_state_dict(load_file(beside), strict=False)
+            return evaluate_dense(fresh, bed.rows(session))
+
+        figures["reloaded"] = loaded(base)
+        figures["exported"] = {} if base == "original" else loaded("original")
         size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     shapes = expert_shapes(session)
     experts = {n: shapes[n][0][0] for n in trained_blocks(session)}
@@ -269,6 +275,7 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
         apply_delta(fresh, saved, path)
         reloaded, _ = judged_by_product(bed, fresh)
         at_scale = {}
+        exported = on_original(bed, fresh, saved)
         for scale in bed.scales:
             apply_delta(fresh, saved, path, scale)
             at_scale[f"{scale:g}"], _ = judged_by_product(bed, fresh)
@@ -277,9 +284,30 @@ def run_usaf(bed: Bed, arm: Arm, rate: float | None, seed: int, further: dict[st
     part = "" if kept == 1 else f", DELTA_SCALE {kept:g}"
     return {
         **figures, "note": f"{arm.about}; LR_PEAK {values.lr_peak:g}{head}{part}",
-        "start": start, "nll": nll, "reloaded": reloaded, "scaled": at_scale, **routing_of(loads, after),
-        "artifact_bytes": size, "peak_private_bytes": peak.bytes, "tokens": tokens_of(bed.rows(session)),
+        "start": start, "nll": nll, "reloaded": reloaded, "exported": exported, "scaled": at_scale,
+        **routing_of(loads, after), "artifact_bytes": size, "peak_private_bytes": peak.bytes,
+        "tokens": tokens_of(bed.rows(session)),
     }  # fmt: skip
+
+
+def on_original(bed: Bed, session: Any, delta: Any) -> dict[str, float]:
+    """NLL of the delta on the unquantised base, as `usaf.export` merges it, unrounded."""
+    import torch
+
+    from usaf.merge import Merge
+
+    model: Any = dense_model(bed, session, "original")
+    merge = Merge(session.checkpoint, session.store, delta, "original", torch.float32)
+    with torch.no_grad():
+        for target in merge.targets:
+            for e in range(merge.num_experts(target)):
+                model.get_parameter(target)[e].copy_(merge.expert(target, e))
+        for name in merge.trained_whole:
+            model.get_parameter(name).copy_(merge.whole(name))
+        if merge.head is not None:  # its own tensor, where it was the embeddings'
+            model.set_output_embeddings(torch.nn.Linear(1, 1, bias=False))
+            model.get_output_embeddings().weight = torch.nn.Parameter(merge.merged_head())
+    return evaluate_dense(model, bed.rows(session))
 
 
 def train_product(session: Any) -> tuple[Any, dict[str, Any]]:

@@ -22,6 +22,7 @@ from comparison.tables import (
     ablation_table,
     bytes_table,
     cost_table,
+    export_table,
     load_table,
     quality_table,
     scale_table,
@@ -163,6 +164,9 @@ def config_parts(
     if any(run.scaled for arm in arms.values() for run in arm.seeds):
         parts += ["How much of what was trained counts (against full fine-tuning at the whole; *best* by validation):",
                   scale_table(arms, question.full)]  # fmt: skip
+    if any(arm.exported.seeds for arm in arms.values()):
+        parts += ["As trained on a quantised base, and exported: the same change on the unquantised one:",
+                  export_table(arms)]  # fmt: skip
     parts += ["Cost and routing:", cost_table(arms)]
     for ablation in question.ablations:
         if ablation.baseline in arms and any(arm in arms for arm in ablation.arms if arm != ablation.baseline):

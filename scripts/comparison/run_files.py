@@ -6,7 +6,7 @@ A run is one arm (a method) at one learning rate and one seed. `config` is the l
 model, trained layers, fraction. NLL sets hold nats a token by text: "validation" (in-domain, for choosing), "test"
 (in-domain, never for choosing), "forgetting" (the pretraining domain), and any number of "heldout_*", whose unweighted
 mean is the held-out figure. `before` is the unquantised base model, `start` what the arm starts from, `reloaded` what
-the saved artifact gives when it is loaded again.
+the saved artifact gives when it is loaded again, `exported` what it gives on the unquantised base.
 
 JSON has no nan: a number that is not finite is null in the file and nan here. Half-written files have other names and
 are never seen.
@@ -64,6 +64,8 @@ class Run:
     """layer's experts module -> tokens of each expert over the evaluation, before and after"""
     scaled: dict[str, NLL] = field(default_factory=dict)
     """how much of what was trained counts, such as "0.8" -> NLL"""
+    exported: NLL = field(default_factory=dict)
+    """of what was trained on a quantised base, put onto the unquantised one"""
     experts_moved: float | None = None
     experts: float | None = None
     losses: list[float] = field(default_factory=list)
@@ -109,6 +111,11 @@ class Run:
         if float(scale) == 1:
             return self
         return dataclasses.replace(self, nll=self.scaled[scale]) if scale in self.scaled else None
+
+    @property
+    def on_original(self) -> Run | None:
+        """What it is on the unquantised base; None if it was trained there, or that was not evaluated."""
+        return dataclasses.replace(self, nll=self.exported) if self.exported.keys() == self.nll.keys() else None
 
     @property
     def reload_difference(self) -> float | None:
@@ -291,7 +298,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("options", "machine"), mapping),
     **dict.fromkeys(("trainable_parameters", "artifact_bytes", "step_seconds", "jobs", "seconds"), finite),
     **dict.fromkeys(("setup_seconds", "peak_private_bytes", "experts_moved", "experts"), finite),
-    "seed": whole, "rate": positive, "before": before_set, "start": nll_set, "reloaded": nll_set, "losses": numbers,
-    "diverged": flag, "routing": figures, "tokens": figures, "loads": loads,
-    "scaled": scaled_sets,
+    "seed": whole, "rate": positive, "before": before_set, "losses": numbers, "diverged": flag,
+    **dict.fromkeys(("start", "reloaded", "exported"), nll_set),
+    "routing": figures, "tokens": figures, "loads": loads, "scaled": scaled_sets,
 }  # fmt: skip

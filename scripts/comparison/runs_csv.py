@@ -21,8 +21,8 @@ from usaf.errors import UserError, one_line
 from usaf.files import replacing, write_json
 
 GROUPS = {
-    "nll": "nll", "before": "before", "start": "start", "reloaded": "reloaded", "routing": "routing",
-    "tokens": "tokens", "scaled": "scaled", "option": "options", "machine": "machine",
+    "nll": "nll", "before": "before", "start": "start", "reloaded": "reloaded", "exported": "exported",
+    "routing": "routing", "tokens": "tokens", "scaled": "scaled", "option": "options", "machine": "machine",
 }  # fmt: skip
 """Beginning of a column's name -> the field whose entries such columns hold."""
 DERIVED = ("chosen_rate", "nll_heldout", "gain_test", "forgetting", "last_loss")

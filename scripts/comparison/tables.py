@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from comparison.choice import ArmResult, Difference, Spread, difference, gain_share
 from comparison.run_files import Run
@@ -110,6 +111,22 @@ def scale_table(arms: Mapping[str, ArmResult], full: str) -> str:
                 of_full, with_spread(at.spread(lambda run: run.held_out)),
                 with_spread(at.spread(lambda run: run.forgetting), sign=True),
             ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def export_table(arms: Mapping[str, ArmResult]) -> str:
+    """Arms that were trained on a quantised base, there and on the unquantised one, at the chosen rate."""
+    figures = (lambda run: run.test), (lambda run: run.held_out), (lambda run: run.forgetting)
+    rows = []
+    for arm in arms.values():
+        if not (after := arm.exported).seeds:
+            continue
+        kept = {run.seed for run in after.seeds}
+        trained = replace(arm, seeds=tuple(run for run in arm.finished if run.seed in kept))
+        cells = [with_spread(one.spread(figure), sign=i == 2)
+                 for i, figure in enumerate(figures) for one in (trained, after)]  # fmt: skip
+        rows.append([arm.arm, chosen_rate(arm), str(len(kept)), *cells])
+    header = ["arm", "rate", "seeds", "test NLL", "exported", "held-out NLL", "exported", "forgetting", "exported"]
     return markdown(header, rows)
 
 
