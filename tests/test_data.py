@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -420,10 +421,31 @@ def test_unseen_rows_longer_than_those_that_train_are_left_out(tmp_path: Path) -
                 assert set(first_ids(data.untrained)) == (set() if enough(data.unseen) else either)
 
 
-@pytest.mark.parametrize(("rows", "samples", "expected"), [(7, 40, False), (40, 7, False), (8, 8, True), (0, 0, False)])
+@pytest.mark.parametrize(("rows", "samples", "expected"), [(7, 7, False), (40, 7, False), (8, 8, True), (0, 0, False)])
 def test_enough_for_a_measurement(rows: int, samples: int, expected: bool) -> None:
+    """rows: how many, of how many samples; that more samples were read says nothing."""
     ids = np.zeros(3 * rows, np.int32)
-    assert enough(Rows(ids, ids, ids, np.arange(rows + 1) * 3, samples=samples)) == expected
+    ends_with = np.arange(rows) % max(1, samples) + 100
+    assert enough(Rows(ids, ids, ids, np.arange(rows + 1) * 3, samples=50, ends_with=ends_with)) == expected
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_one_long_document_gives_few_of_the_unseen_rows(tmp_path: Path, few: bool) -> None:
+    """Among short ones, or among enough others. It is cut before its rows are all there are."""
+    texts = [f"<{i}> " * (20000 if i % 8 == 0 else 1 if few else 40) for i in range(16 if few else 400)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    tokenizer = build_tokenizer()
+    for seed in range(3):
+        data = build(path, tokenizer=tokenizer, rows_needed=4, unseen_rows=16, seed=seed)
+        rows = row_lists(data.unseen, data.unseen.input_ids)
+        found = Counter(re.findall(r"<(\d+)>", str(tokenizer.decode(ids)))[-1] for ids in rows)
+        assert len(found) == len(np.unique(data.unseen.ends_with))
+        assert enough(data.unseen) == (len(found) >= FEWEST)
+        if few:
+            assert not enough(data.unseen)
+        else:
+            assert max(found.values()) <= 16 // FEWEST + 1
+            assert enough(data.unseen)
 
 
 def test_picked_rows(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import adapted_families
 import pytest
 import torch
 from families import FAMILIES, build, logits_of, random_batch, tiny_config, with_delta, write_checkpoint
@@ -533,6 +535,21 @@ def test_each_expert_is_merged_once(
     export(run, tmp_path / "out", "--no-evaluate", "--base", "dequantized")
     experts, layers = tiny_config(family).num_local_experts, tiny_config(family).num_hidden_layers
     assert len(merged) == len(set(merged)) == 2 * layers * experts
+
+
+def test_layers_share_what_says_where_weights_lie(tmp_path: Path) -> None:
+    """DBRX stores down projections the other way round."""
+    adapted_families.write_checkpoint(tmp_path, "dbrx")
+    checkpoint = Checkpoint(tmp_path)
+    store = open_or_make(checkpoint, None, 16, 4, lambda *_: None)
+    merge = merge_module.Merge(checkpoint, store, Delta({}, {}, "", {}), "dequantized", None)
+    layers = len(checkpoint.expert_parameters())
+    asked = [(target, e) for target in merge.targets for e in range(merge.num_experts(target))] * 4
+    with ThreadPoolExecutor(8) as pool:
+        maps = list(pool.map(lambda of: merge._address_map(of[0]), asked))
+    found = {id(a): a for a in maps if a is not None}
+    assert len({target for target, _ in asked}) == 2 * layers >= 4
+    assert 1 <= len(found) <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -30,8 +30,11 @@ from runs import (
     wait,
 )
 
+from usaf import job as job_module
+from usaf.data import Rows
 from usaf.loss import loss_sum
-from usaf.run import RunFolder, list_checkpoints, load_checkpoint
+from usaf.prefix import BoundaryStates
+from usaf.run import RunFolder, find_resumable, list_checkpoints, load_checkpoint
 from usaf.trainer import StepResult, Trainer
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals to another process")
@@ -274,6 +277,35 @@ def test_a_finished_run_can_be_resumed(world: World, tmp_path: Path) -> None:
     folder = copy_run(world.finished("plain"), world.runs / tmp_path.name)
     assert world.train(None, RESUME=folder) == 0
     assert_as_undisturbed(world, folder)
+
+
+def test_finishing_again_computes_nothing_for_training(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cache is gone, and only evaluation needs one."""
+    folder = copy_run(world.finished("plain"), world.runs / tmp_path.name)
+    computed: list[Rows] = []
+    compute = BoundaryStates._compute
+    monkeypatch.setattr(BoundaryStates, "_compute", lambda self, *a: (computed.append(self.rows), compute(self, *a))[1])
+    assert world.train(None, RESUME=folder, PREFIX_CACHE_DIR=tmp_path / "cache") == 0
+    assert_as_undisturbed(world, folder)
+    longest = max(len(rows) for rows in computed)
+    assert 0 < longest < 24
+
+
+def test_a_run_interrupted_while_it_is_finished_again_is_unfinished(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its summary would be of another result."""
+    folder = tmp_path / "runs" / "again"
+    copy_run(world.finished("plain"), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "summarise", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert world.train(None, RESUME=folder, DELTA_SCALE="0.5") == 130
+    assert not (folder / "summary.json").exists()
+    assert find_resumable(folder.parent, None) == folder
+    assert world.train(None, RESUME="auto", OUTPUT_DIR=folder.parent) == 0
+    assert read_json(folder / "summary.json")["delta_scale"] == 0.5
 
 
 def test_totals_go_on(world: World, stopped: Path) -> None:

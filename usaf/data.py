@@ -23,7 +23,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +58,8 @@ ROWS_OF_A_DOCUMENT = 8
 """One in so many rows of further text is kept."""
 
 FEWEST = 8
-"""So many further rows, of as many samples, are `enough`: fewer would speak for themselves alone."""
+"""Further rows of so many samples are `enough`: fewer would speak for themselves alone. None gives more than one in so
+many of the rows that are packed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Rows:
 
     input_ids, labels (aligned, -100 none), positions: int32 [tokens]; offsets: int64 [rows + 1], where rows begin and
     end. truncated: documents that lost their end to the row's length; dropped: documents and rows without any target.
-    samples: how many of a file these rows were cut from, where that is known.
+    samples: how many of a file these rows were cut from; ends_with: int64 [rows], the sample that a row ends with, as
+    `pack` leaves them the document; where that is known.
     """
 
     input_ids: np.ndarray
@@ -87,6 +89,7 @@ class Rows:
     truncated: int = 0
     dropped: int = 0
     samples: int = 0
+    ends_with: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -130,7 +133,8 @@ class Rows:
         of_all = (self.input_ids, self.labels, self.positions)
         ids, labels, positions = (np.concatenate([values[:0], *(values[span] for span in spans)]) for values in of_all)
         lengths = np.array([0, *map(self.length, rows)], np.int64)
-        return Rows(ids, labels, positions, np.cumsum(lengths), self.truncated, self.dropped, self.samples)
+        counts = (self.truncated, self.dropped, self.samples)
+        return Rows(ids, labels, positions, np.cumsum(lengths), *counts, self.ends_with[np.array(rows, np.int64)])
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The given rows, padded on the right to the longest of them."""
@@ -168,9 +172,9 @@ def pack(
     """
     assert rows_needed is None or rows_needed >= 1
     builder = _RowBuilder(seq_len)
-    documents = iter(documents)
-    while not builder.has(rows_needed) and (document := next(documents, None)) is not None:
-        ids, labels = document
+    numbered = enumerate(documents)
+    while not builder.has(rows_needed) and (document := next(numbered, None)) is not None:
+        number, (ids, labels) = document
         assert len(ids) == len(labels)
         if seq_len is not None and not split_long and len(ids) > seq_len:
             ids, labels = ids[:seq_len], labels[:seq_len]
@@ -180,6 +184,7 @@ def pack(
             continue
         if not split_long and len(ids) > builder.room:
             builder.close_row()
+        builder.document = number
         begin = 0
         while begin < len(ids) and not builder.has(rows_needed):
             end = min(len(ids), begin + int(min(builder.room, len(ids))))
@@ -203,7 +208,8 @@ class _RowBuilder:
     def __init__(self, seq_len: int | None):
         self.seq_len = float("inf") if seq_len is None else seq_len
         self.input_ids, self.labels, self.positions = array("i"), array("i"), array("i")
-        self.offsets = array("q", [0])
+        self.offsets, self.ends_with = array("q", [0]), array("q")
+        self.document = 0  # whose tokens are added
         self.row_targets = 0
         self.truncated = self.dropped = 0
 
@@ -232,6 +238,7 @@ class _RowBuilder:
             return
         if self.row_targets:
             self.offsets.append(len(self.input_ids))
+            self.ends_with.append(self.document)
         else:
             self.dropped += 1
             for values in (self.input_ids, self.labels, self.positions):
@@ -245,7 +252,8 @@ class _RowBuilder:
             np.frombuffer(values, np.int32) if values else np.zeros(0, np.int32)
             for values in (self.input_ids, self.labels, self.positions)
         )
-        return Rows(ids, labels, positions, np.array(self.offsets, np.int64), self.truncated, self.dropped)
+        offsets, ends_with = (np.array(values, np.int64) for values in (self.offsets, self.ends_with))
+        return Rows(ids, labels, positions, offsets, self.truncated, self.dropped, ends_with=ends_with)
 
 
 @dataclass(frozen=True)
@@ -264,8 +272,8 @@ class TrainingData:
 
 
 def enough(rows: Rows) -> bool:
-    """For a measurement."""
-    return min(len(rows), rows.samples) >= FEWEST
+    """For a measurement; `rows` are further ones."""
+    return len(np.unique(rows.ends_with)) >= FEWEST
 
 
 def build_training_data(
@@ -411,26 +419,35 @@ class _Encoder:
 
     def further_rows(self, corpus: _Corpus, orders: Iterable[np.ndarray], at_most: int, longest: int) -> Rows:
         """The same without a line, as few as there are, and none of more than `longest` tokens. Of long documents not
-        every row: those of one document are alike, and these are for measurements, which a few documents would
-        mislead."""
-        among = at_most * (ROWS_OF_A_DOCUMENT if corpus.samples.kind == "text" else 1)
+        every row, and of books not all: those of one document are alike, and these are for measurements, which a few
+        documents would mislead."""
+        text = corpus.samples.kind == "text"
+        among = at_most * (ROWS_OF_A_DOCUMENT if text else 1)
         order = np.concatenate([*orders]) if at_most else np.zeros(0, np.int64)
-        rows = self._packed(corpus, order, among or None, Counter())
-        if rows.samples < FEWEST:
-            rows = self._packed(corpus, order[:FEWEST], None, Counter())
+        most = max(1, among // FEWEST) * self.seq_len if text else None
+        rows = self._packed(corpus, order, among or None, Counter(), most)
         picked = np.linspace(0, len(rows), min(at_most, len(rows)), endpoint=False).astype(np.int64)
         return rows.picked([row for row in picked.tolist() if rows.length(row) <= longest])
 
-    def _packed(self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, counts: Counter[str]) -> Rows:
-        kind = corpus.samples.kind
+    def _packed(
+        self, corpus: _Corpus, order: np.ndarray, rows_needed: int | None, counts: Counter[str], most: int | None = None
+    ) -> Rows:
+        """most: tokens of a document that are taken, from its beginning."""
+        kind, sample_of = corpus.samples.kind, array("q")
+
+        def documents() -> Iterator[Document]:
+            for ids, labels in self._documents(corpus, order, counts):
+                sample_of.append(counts["samples"])
+                yield (ids, labels) if most is None else (ids[:most], labels[:most])
+
         rows = pack(
-            self._documents(corpus, order, counts),
+            documents(),
             seq_len=None if kind == "tokens" else self.seq_len,
             rows_needed=rows_needed,
             split_long=kind == "text",
             one_document_per_row=self.one_document_per_row or kind == "tokens",
         )
-        return replace(rows, samples=counts["samples"])
+        return replace(rows, samples=counts["samples"], ends_with=np.array(sample_of, np.int64)[rows.ends_with])
 
     def _documents(self, corpus: _Corpus, order: np.ndarray, counts: Counter[str]) -> Iterator[Document]:
         samples = corpus.samples

@@ -87,14 +87,15 @@ class Job:
 
     # -- phases --------------------------------------------------------------------------------------------------------
 
-    def fill_prefix(self) -> None:
-        """The boundary states of the evaluation and training sets, cached where they are to be. Where the disk has no
-        room for all, evaluation sets go before: they are read at every evaluation, a training row once an epoch."""
+    def fill_prefix(self, trains: bool) -> None:
+        """The boundary states of the evaluation sets, and of the training set where steps are left, cached where they
+        are to be. Where the disk has no room for all, evaluation sets go before: they are read at every evaluation, a
+        training row once an epoch."""
         session = self.session
         assert session.order is not None
         self.states = session.boundary(session.data.train, session.order.chunks)
         self.evaluations = session.evaluation_states()
-        everything = [*self.evaluations.values(), self.states]
+        everything = [*self.evaluations.values(), *([self.states] if trains else [])]
         began = time.perf_counter()
         fill_all(everything, self.phase_done)
         computed = sum(s.tokens_computed for s in everything)
@@ -307,8 +308,9 @@ class Job:
         self.run.truncate_metrics(saved.about["metrics_bytes"] if saved is not None else 0)
         for name, seconds in phases:
             self.phase_done(name, seconds)
+        self.run.remove_summary()
         self.write_settings()
-        self.fill_prefix()
+        self.fill_prefix(trains=saved is None or saved.about["step"] < self.values.steps)
         assert session.order is not None
         trainer = Trainer(
             session.model, self.states, session.data.train, session.order, self.values, self.values.steps,

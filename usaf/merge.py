@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ class Merge:
             raise UserError(f"{checkpoint.folder}: has no tensor for {lacking[0]}, so it cannot be written back; "
                             "give the complete checkpoint with --model")  # fmt: skip
         self._addresses: dict[str, Tensor | None] = {}
+        self._asking = Lock()  # evaluation merges experts side by side
 
     @property
     def trained_whole(self) -> set[str]:
@@ -243,23 +245,30 @@ class Merge:
     def _address_map(self, target: str) -> Tensor | None:
         """int32 or int64: where in its pieces each weight of an expert, a router or a norm lies; None: in order.
 
-        The same for all experts of a parameter, whose pieces have equal shapes.
+        The same for all experts of a parameter, whose pieces have equal shapes, and as a rule for all layers: equal
+        ones are one tensor (40 layers of DBRX would have 32 GB of them).
         """
-        if target not in self._addresses:
-            is_whole = target in self.delta.whole
-            pieces = self.plan.sources[target].pieces if is_whole else self.pieces(target, 0)
-            size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
-            in_order = torch.arange(size, dtype=torch.int32 if size < 2**31 else torch.int64)
-            assemble = self.plan.assemble if is_whole else self.plan.assemble_expert
-            addresses = assemble(target, pieces, self._split(pieces, in_order)).reshape(-1)
-            if torch.equal(addresses, in_order):
-                self._addresses[target] = None
-            elif is_rearrangement(addresses, size):
-                self._addresses[target] = addresses
-            else:
-                raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
-                                "this family cannot be exported yet")  # fmt: skip
-        return self._addresses[target]
+        with self._asking:
+            if target not in self._addresses:
+                found = self._find_addresses(target)
+                different = {id(a): a for a in self._addresses.values() if a is not None}.values()
+                equal = (a for a in different if found is not None and a.dtype == found.dtype and torch.equal(a, found))
+                self._addresses[target] = next(equal, found)
+            return self._addresses[target]
+
+    def _find_addresses(self, target: str) -> Tensor | None:
+        is_whole = target in self.delta.whole
+        pieces = self.plan.sources[target].pieces if is_whole else self.pieces(target, 0)
+        size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
+        in_order = torch.arange(size, dtype=torch.int32 if size < 2**31 else torch.int64)
+        assemble = self.plan.assemble if is_whole else self.plan.assemble_expert
+        addresses = assemble(target, pieces, self._split(pieces, in_order)).reshape(-1)
+        if torch.equal(addresses, in_order):
+            return None
+        if not is_rearrangement(addresses, size):
+            raise UserError(f"{self.checkpoint.folder}: {target} is more than a rearrangement of stored tensors; "
+                            "this family cannot be exported yet")  # fmt: skip
+        return addresses
 
     # -- routers and norms ---------------------------------------------------------------------------------------------
 

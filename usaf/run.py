@@ -64,6 +64,15 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.folder / "summary.json", summary)
 
+    def remove_summary(self) -> None:
+        """A run that goes has none: one that is finished again, and interrupted then, is found by `find_resumable`."""
+        path = self.folder / "summary.json"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{path}: could not be removed ({error.strerror or error}); close what holds it open and go "
+                           "on with RESUME") from error  # fmt: skip
+
     def log(self, event: str, **values: Any) -> None:
         """One line of metrics.jsonl. Numbers that JSON cannot hold (nan, inf) are written as null."""
         data = {"event": event, "time": round(time.time(), 3), **json_numbers(values)}

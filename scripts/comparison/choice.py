@@ -100,7 +100,7 @@ class ArmResult:
     def exported(self) -> ArmResult:
         """What was trained on a quantised base as it is on the unquantised one, of the seeds that were evaluated so."""
         runs = (run.on_original for run in self.finished)
-        return replace(self, seeds=tuple(run for run in runs if run is not None))
+        return replace(self, seeds=tuple(run for run in runs if run is not None and not run.failed))
 
     @property
     def finished(self) -> tuple[Run, ...]:
