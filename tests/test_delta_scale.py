@@ -36,6 +36,7 @@ from usaf.delta_scale import (
 from usaf.session import prepare
 from usaf.settings import ResolvedSettings, Settings
 from usaf.trained_parts import open_norms
+from usaf.trainer import Trainer
 
 # ---- the search -----------------------------------------------------------------------------------------------------
 
@@ -358,6 +359,19 @@ def test_whatever_trains_is_measured(world: World, changes: dict[str, object]) -
     assert {e["name"]: e["loss"] for e in evaluated(folder, world.root)} == {
         name: e["loss"] for name, e in final_evaluations(folder).items()
     }
+
+
+@pytest.mark.parametrize("scale", ["1", "0.5", None])
+def test_gradients_make_room(world: World, scale: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    left: list[bool] = []
+    rounded = Trainer.round_deltas
+    monkeypatch.setattr(
+        Trainer, "round_deltas",
+        lambda self: (left.extend(w.grad is not None for w in self.parameters().values()), rounded(self))[1],
+    )  # fmt: skip
+    assert world.train(tmp_path.name, **{**FAST, "STEPS": 2, "DELTA_SCALE": scale}) == 0
+    assert len(left) > 2
+    assert not any(left)
 
 
 def test_old_runs_had_all_of_it(world: World, fast: Path) -> None:

@@ -381,6 +381,7 @@ def keep_of_change(
     session: Session, trainer: Trainer, memory: Memory = PRIVATE, progress: Callable[[int], None] = lambda _: None
 ) -> Measured:
     """Behind the last step: leave the model with as much of the change as DELTA_SCALE says, or as is measured."""
+    trainer.free_gradients()
     given = trainer.settings.delta_scale
     on = session.scale_sequences() if given is None else None
     found = Measured(1.0 if given is None else given, {}, 0)

@@ -140,10 +140,13 @@ class Trainer:
         whole = {name: weight.detach().cpu() for name, weight in self.whole().items()}
         return Delta(sparse, whole, self.model.base_fingerprint, about)
 
-    def change(self) -> Change:
-        """What has been trained, to keep a part of it (`delta_scale`). Behind the last step: gradients make room."""
+    def free_gradients(self) -> None:
+        """Behind the last step: they make room for what follows."""
         for weight in self.parameters().values():
             weight.grad = None
+
+    def change(self) -> Change:
+        """What has been trained, to keep a part of it (`delta_scale`)."""
         return Change(self.parameters(), {**dict.fromkeys(self.banks), **self.base})
 
     @torch.no_grad()
