@@ -173,7 +173,10 @@ def test_rates_hold_what_enters_the_layers_and_the_head(shape: ModelShape) -> No
         found = items(plan_of(shape, measured_rates=2, **changes), "learning rates")["inputs of the line"]
         assert found == int(SLACK * kinds * 4 * rows * 512 * HIDDEN), changes
     uncached = items(plan_of(shape, measured_rates=2, cached=False), "learning rates, prefix")
-    assert uncached["recomputed prefix"] == items(plan_of(shape, cached=False), "step, prefix")["recomputed prefix"]
+    assert uncached["states of a stretch"] == int(SLACK * 4 * tokens * HIDDEN)  # all of them are one
+    small = items(plan_of(shape, measured_rates=2, cached=False, stretch_bytes=1), "learning rates, prefix")
+    assert small["states of a stretch"] < uncached["states of a stretch"]
+    assert small["recomputed prefix"] < uncached["recomputed prefix"]
     assert uncached["inputs of the line"] == int(SLACK * 2 * 4 * tokens * HIDDEN)
     few = items(plan_of(shape, measured_rates=2, train_tokens=64 * 512), "learning rates, prefix")  # none is left over
     assert few["inputs of the line"] == uncached["inputs of the line"]
@@ -191,8 +194,9 @@ def test_the_scale_holds_what_enters_the_layers(shape: ModelShape) -> None:
     for name in ("delta scale", "delta scale, prefix"):  # these rows are in no cache
         assert items(plan, name)["inputs of the places"] == of_all
         assert items(plan, name)["training state"] == items(plan, "evaluate")["training state"]
-    step = items(plan_of(shape, cached=False), "step, prefix")
-    assert items(plan, "delta scale, prefix")["recomputed prefix"] == step["recomputed prefix"]
+    assert items(plan, "delta scale, prefix")["states of a stretch"] == of_all  # all of them are one
+    mapped = plan_of(shape, spilled=frozenset({"stretch"}))
+    assert "states of a stretch" not in items(mapped, "delta scale, prefix")
     assert "inputs of the places" not in items(plan_of(shape, start=0), "delta scale")
     assert "delta scale, prefix" not in [phase.name for phase in plan_of(shape, start=0).phases]
     mapped = plan_of(shape, measured_rates=0, spilled=frozenset({"importance"}))

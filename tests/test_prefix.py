@@ -24,7 +24,7 @@ from usaf.errors import UserError
 from usaf.model import SparseModel
 from usaf.prefix import BoundaryStates, cache_dtype, chunked
 from usaf.session import Session
-from usaf.workspace import Workspace
+from usaf.workspace import PRIVATE, Workspace
 
 LENGTHS = [9, 17, 4, 24, 12, 7, 20]  # in tokens; 93 in all
 CHUNKS = [[3, 0], [5, 2, 6], [1], [4]]
@@ -274,6 +274,30 @@ def test_uncached_chunks_are_computed_once_while_in_use(
     for batch in [[3], [0, 5], [2], [6, 1], [4]]:
         states.hidden(batch)
     assert passes == [(0, len(chunk)) for chunk in CHUNKS]
+
+
+@pytest.mark.parametrize(("stretch_bytes", "stretches"), [(None, 1), (2 * 24 * 256 + 3 * 20 * 256, 2), (1, 4)])
+def test_uncached_chunks_pass_a_stretch_at_a_time_where_all_are_wanted(
+    model: SparseModel, rows: Rows, passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch,
+    stretch_bytes: int | None, stretches: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(prefix, "STRETCH_BYTES", stretch_bytes or prefix.STRETCH_BYTES)
+    parts = [[3], [0, 5], [2], [6, 1], [4]]
+    one_by_one = [states_of(model, rows, None).kept(part, PRIVATE) for part in parts]
+    passes.clear()
+    states, asked = states_of(model, rows, None), []
+    compute = BoundaryStates._compute
+    monkeypatch.setattr(BoundaryStates, "_compute", lambda self, c, *a: (asked.append(len(c)), compute(self, c, *a))[1])
+    found = states.all_kept(parts, PRIVATE)
+    assert len(asked) == stretches
+    assert sum(asked) == len(CHUNKS)
+    assert sorted(passes) == sorted((layer, len(chunk)) for layer in range(2) for chunk in CHUNKS)
+    assert len(states.recent) <= 2
+    for one, other in zip(one_by_one, found, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert states_of(model, rows, None, start=0).all_kept(parts, PRIVATE) == [None] * len(parts)
 
 
 # -- what makes another cache ------------------------------------------------------------------------------------------

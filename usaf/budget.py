@@ -546,7 +546,12 @@ class _Count:
         })]  # fmt: skip
         if pass_prefix and work.start:
             chunk = work.chunk_tokens(row, max(work.train_tokens, sequences * row))
-            phases.append(Phase(f"{name}, prefix", {**held, **self.prefix_again(row, chunk)}))
+            stretch = min(max(work.stretch_bytes, chunk * self.hidden), sequences * row * self.hidden)
+            rounded = (stretch // self.hidden + chunk) * self.shape.width * work.cache_itemsize
+            phases.append(Phase(f"{name}, prefix", {
+                **held, "states of a stretch": 0 if "stretch" in work.spilled else stretch,
+                **self.prefix_again(row, chunk), "recomputed prefix": rounded,
+            }))  # fmt: skip
         return phases
 
     # -- steps

@@ -174,7 +174,10 @@ class BoundaryStates:
 
     def _remember(self, chunk: int) -> None:
         self.recent[chunk] = self._compute([chunk])[chunk]
-        while len(self.recent) > 2:
+        self._forget_all_but(2)
+
+    def _forget_all_but(self, count: int) -> None:
+        while len(self.recent) > count:
             self.recent.popitem(last=False)
 
     def _repair(self, chunk: int) -> None:
@@ -202,6 +205,25 @@ class BoundaryStates:
         """`hidden`, on the host in `memory`: for what needs it more than once, since it may have to be computed."""
         hidden = self.hidden(rows)
         return None if hidden is None else memory.keep(hidden)
+
+    def all_kept(self, parts: Sequence[Sequence[int]], memory: Memory) -> list[Tensor | None]:
+        """`kept` of each part. Chunks that are not cached pass the frozen layers a stretch at a time, as in `fill`:
+        one by one, each would have all their weights read again."""
+        needed = [{self.chunk_of[row] for row in rows} for rows in parts]
+        ahead = list(dict.fromkeys(c for chunks in needed for c in sorted(chunks) if not self._at_hand(c)))
+        found = []
+        for rows, chunks in zip(parts, needed, strict=True):
+            while self.start > 0 and chunks & set(ahead):
+                stretch, ahead = self._stretch(ahead)
+                for chunk in self.recent.keys() - chunks:
+                    del self.recent[chunk]
+                self.recent.update(self._compute(stretch))
+            found.append(self.kept(rows, memory))
+        self._forget_all_but(2)
+        return found
+
+    def _at_hand(self, chunk: int) -> bool:
+        return chunk in self.recent or (self.cache is not None and self.cache.has(chunk))
 
 
 class _NotWritten(Exception):

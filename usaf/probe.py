@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -32,7 +34,11 @@ class Probe:
         self.model, self.head_chunk_tokens, self.memory = model, head_chunk_tokens, memory
         self.start = parts[0][0].start
         self.batches = [states.rows.batch(rows) for states, rows in parts]
-        self.entering = [states.kept(rows, memory) for states, rows in parts]  # not computed anew at each point
+        self.entering = [  # not computed anew at each point
+            kept
+            for states, of_one in groupby(parts, itemgetter(0))
+            for kept in states.all_kept([rows for _, rows in of_one], memory)
+        ]
 
     def hidden(self, i: int) -> Tensor:
         """What leaves the final norm, of micro-batch i."""
