@@ -177,6 +177,8 @@ def test_rates_hold_what_enters_the_layers_and_the_head(shape: ModelShape) -> No
     small = items(plan_of(shape, measured_rates=2, cached=False, stretch_bytes=1), "learning rates, prefix")
     assert small["states of a stretch"] < uncached["states of a stretch"]
     assert small["recomputed prefix"] < uncached["recomputed prefix"]
+    chunk = plan_of(shape, measured_rates=2, cached=False, importance_rows=2)  # whose 8 sequences are less than a chunk
+    assert items(chunk, "learning rates, prefix")["states of a stretch"] == int(SLACK * 4 * 8192 * HIDDEN)
     assert uncached["inputs of the line"] == int(SLACK * 2 * 4 * tokens * HIDDEN)
     few = items(plan_of(shape, measured_rates=2, train_tokens=64 * 512), "learning rates, prefix")  # none is left over
     assert few["inputs of the line"] == uncached["inputs of the line"]

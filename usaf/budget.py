@@ -546,7 +546,8 @@ class _Count:
         })]  # fmt: skip
         if pass_prefix and work.start:
             chunk = work.chunk_tokens(row, max(work.train_tokens, sequences * row))
-            stretch = min(max(work.stretch_bytes, chunk * self.hidden), sequences * row * self.hidden)
+            whole = -(-sequences * row // chunk) * chunk  # of rows that train a chunk may have more than are wanted
+            stretch = min(max(work.stretch_bytes, chunk * self.hidden), whole * self.hidden)
             rounded = (stretch // self.hidden + chunk) * self.shape.width * work.cache_itemsize
             phases.append(Phase(f"{name}, prefix", {
                 **held, "states of a stretch": 0 if "stretch" in work.spilled else stretch,
