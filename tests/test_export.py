@@ -552,10 +552,9 @@ def test_layers_share_what_says_where_weights_lie(tmp_path: Path) -> None:
     assert 1 <= len(found) <= 2
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_what_a_rearrangement_is(dtype: torch.dtype) -> None:
+def test_what_a_rearrangement_is() -> None:
     size = 1000
-    addresses = torch.randperm(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    addresses = torch.randperm(size, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     assert merge_module.is_rearrangement(addresses, size)
     twice, negative, beyond = addresses.clone(), addresses.clone(), addresses.clone()
     twice[3], negative[3], beyond[3] = twice[4], -1, size

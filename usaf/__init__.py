@@ -6,6 +6,6 @@ __version__ = "0.1.0"
 
 # Before torch is imported, whose threads read it then (libgomp, on Linux): how often one that has nothing to do looks
 # for work before it sleeps. By default 300,000 times, milliseconds, which it takes from whoever has work to do where
-# other programs run too: there training was 2.4 times as slow, and on idle cores no faster (docs/decisions.md).
+# other programs run too: there training was 2.5 times as slow, and on idle cores no faster (docs/decisions.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "60000")

@@ -341,7 +341,7 @@ class _Count:
         phases = []
         for row, tokens in ((work.train_row, work.train_tokens), (work.eval_row, work.eval_tokens)):
             chunk = work.chunk_tokens(row, tokens)
-            held = min(max(work.stretch_bytes, chunk * self.hidden), tokens * self.hidden)
+            held = self.states_of_stretch(chunk, tokens)
             working = self.working(frozen, chunk, row) + self.shape.outside.at(chunk, row) + self.widened()
             rounding = chunk * self.shape.width * work.cache_itemsize
             states = {} if "stretch" in work.spilled else {"states of a stretch": held}
@@ -362,10 +362,13 @@ class _Count:
             items["recomputed prefix"] = self.recomputed(row, chunk)
         return Phase(name, items)
 
-    def prefix_again(self, row: int, chunk: int) -> dict[str, int]:
-        """A chunk passes the frozen layers when it is needed."""
-        working = self.working(self.shape.layers[: self.work.start], chunk, row) + self.widened()
-        return {"recomputed prefix": self.recomputed(row, chunk), "one chunk in one layer": working}
+    def frozen_chunk(self, row: int, chunk: int) -> int:
+        """Beside the states of a chunk, while it passes one frozen layer."""
+        return self.working(self.shape.layers[: self.work.start], chunk, row) + self.widened()
+
+    def states_of_stretch(self, chunk: int, tokens: int) -> int:
+        """Of so many tokens in all, a chunk at least, as they pass the frozen layers together."""
+        return min(max(self.work.stretch_bytes, chunk * self.hidden), tokens * self.hidden)
 
     def recomputed(self, row: int, chunk: int) -> int:
         """Without a cache: a chunk passes the frozen layers when it is needed, and the last two are kept."""
@@ -547,11 +550,11 @@ class _Count:
         if pass_prefix and work.start:
             chunk = work.chunk_tokens(row, max(work.train_tokens, sequences * row))
             whole = -(-sequences * row // chunk) * chunk  # of rows that train a chunk may have more than are wanted
-            stretch = min(max(work.stretch_bytes, chunk * self.hidden), whole * self.hidden)
-            rounded = (stretch // self.hidden + chunk) * self.shape.width * work.cache_itemsize
+            stretch = self.states_of_stretch(chunk, whole)
             phases.append(Phase(f"{name}, prefix", {
                 **held, "states of a stretch": 0 if "stretch" in work.spilled else stretch,
-                **self.prefix_again(row, chunk), "recomputed prefix": rounded,
+                "recomputed prefix": (stretch // self.hidden + chunk) * self.shape.width * work.cache_itemsize,
+                "one chunk in one layer": self.frozen_chunk(row, chunk),
             }))  # fmt: skip
         return phases
 
@@ -585,7 +588,9 @@ class _Count:
         if not work.cached and work.start:
             chunk = work.chunk_tokens(row, work.train_tokens)
             phases.append(Phase("step, prefix", {
-                "training state": self.state_bytes(), "captured pairs": captured, **self.prefix_again(row, chunk),
+                "training state": self.state_bytes(), "captured pairs": captured,
+                "recomputed prefix": self.recomputed(row, chunk),
+                "one chunk in one layer": self.frozen_chunk(row, chunk),
             }))  # fmt: skip
         return phases
 

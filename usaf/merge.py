@@ -243,7 +243,7 @@ class Merge:
         return placed
 
     def _address_map(self, target: str) -> Tensor | None:
-        """int32 or int64: where in its pieces each weight of an expert, a router or a norm lies; None: in order.
+        """int32: where in its pieces each weight of an expert, a router or a norm lies; None: in order.
 
         The same for all experts of a parameter, whose pieces have equal shapes, and as a rule for all layers: equal
         ones are one tensor (40 layers of DBRX would have 32 GB of them).
@@ -252,7 +252,7 @@ class Merge:
             if target not in self._addresses:
                 found = self._find_addresses(target)
                 different = {id(a): a for a in self._addresses.values() if a is not None}.values()
-                equal = (a for a in different if found is not None and a.dtype == found.dtype and torch.equal(a, found))
+                equal = (a for a in different if found is not None and torch.equal(a, found))
                 self._addresses[target] = next(equal, found)
             return self._addresses[target]
 
@@ -260,7 +260,8 @@ class Merge:
         is_whole = target in self.delta.whole
         pieces = self.plan.sources[target].pieces if is_whole else self.pieces(target, 0)
         size = sum(torch.Size(self.plan.piece_shape(piece)).numel() for piece in pieces)
-        in_order = torch.arange(size, dtype=torch.int32 if size < 2**31 else torch.int64)
+        assert size < 2**31, "of one expert, router or norm"
+        in_order = torch.arange(size, dtype=torch.int32)
         assemble = self.plan.assemble if is_whole else self.plan.assemble_expert
         addresses = assemble(target, pieces, self._split(pieces, in_order)).reshape(-1)
         if torch.equal(addresses, in_order):

@@ -174,10 +174,10 @@ class BoundaryStates:
 
     def _remember(self, chunk: int) -> None:
         self.recent[chunk] = self._compute([chunk])[chunk]
-        self._forget_all_but(2)
+        self._keep_the_last_two()
 
-    def _forget_all_but(self, count: int) -> None:
-        while len(self.recent) > count:
+    def _keep_the_last_two(self) -> None:
+        while len(self.recent) > 2:
             self.recent.popitem(last=False)
 
     def _repair(self, chunk: int) -> None:
@@ -219,7 +219,7 @@ class BoundaryStates:
                     del self.recent[chunk]
                 self.recent.update(self._compute(stretch))
             found.append(self.kept(rows, memory))
-        self._forget_all_but(2)
+        self._keep_the_last_two()
         return found
 
     def _at_hand(self, chunk: int) -> bool:
